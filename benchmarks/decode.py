@@ -219,7 +219,7 @@ def _settings(
 def _keys(args: argparse.Namespace, texts: Sequence[int]) -> np.ndarray:
     names = [f"prompt {i // args.samples}" for i in texts]
     samples = [i % args.samples for i in texts]
-    return np.asarray(request.derive_keys(args.seed, "rollout", 0, names, samples))
+    return np.asarray(request.derive_sampling_keys(args.seed, "rollout", 0, names, samples))
 
 
 def _warm(
@@ -281,9 +281,9 @@ def our_log_probs(m: Model, prompt: Sequence[int]) -> list[float]:
     def forward(params):
         stream = transformer.Stream(tokens_1L, positions_1L, jnp.ones_like(tokens_1L))
         hidden_LD = m.decoder.apply({"params": params}, (stream,))[0].hidden_BLD[0, :-1]
-        logits_LV = transformer.compute_logits(hidden_LD, transformer.get_head(params)).astype(
-            jnp.float32
-        )
+        logits_LV = transformer.compute_model_logits(
+            hidden_LD, transformer.get_head(params)
+        ).astype(jnp.float32)
         logp_LV = jax.nn.log_softmax(logits_LV)
         return jnp.take_along_axis(logp_LV, tokens_1L[0, 1:, None], axis=1)[:, 0]
 

@@ -107,7 +107,7 @@ def bytes_of_step(one: request.Inputs, target: str, cache: str) -> dict[str, flo
         SLOTS // data, config.n_kv_heads // tensor, config.n_heads // config.n_kv_heads,
         config.head_dim,
     )  # fmt: skip
-    weights = loop.count_device_bytes(one.constants.policy.params)
+    weights = sharding.count_device_bytes(one.constants.policy.params)
     entry = 2 * (config.head_dim * jnp.dtype(cache).itemsize + 4 * (cache == "int8"))
     live = config.n_layers * shape[0] * shape[1] * CONTEXT * entry
     read = config.n_layers * kernel.estimate_cost(shape, cache, CONTEXT).bytes_accessed
@@ -123,7 +123,7 @@ def main() -> None:
         with jax.set_mesh(one.mesh):
             made = loop.compile_programs(one, TARGETS[TARGET][2])
         decode = made[-1]
-        held = loop.count_device_bytes(loop.abstract_state(one)) + loop.count_device_bytes(
+        held = sharding.count_device_bytes(loop.abstract_state(one)) + sharding.count_device_bytes(
             one.constants
         )
         print(json.dumps({

@@ -257,7 +257,7 @@ class Trainer:
             aux = jax.device_get(aux)
             values = {
                 **rollout_records.drop_empty_means(self.r.options.policy, aux.metrics),
-                **made.metrics, **rollout_records.add_token_values(self.r, made, aux),
+                **made.metrics, **rollout_records.add_rollout_token_values(self.r, made, aux),
             }  # fmt: skip
             took = time.perf_counter() - wall, time.process_time() - cpu
         self.number += 1

@@ -133,7 +133,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
             "method must be 'distill', and policy.weight and loss.rollout_clip must be 0, because "
             "train_step gets neither rewards nor sampler log-probabilities; use copsd_jax.main"
         )
-    _refuse_unread(config, settings or {})
+    _refuse_unread_by_api(config, settings or {})
     plan = run_plan.make_plan(config, train=False, evaluate=False)
     # One device accepts batches of any size. On several devices, the size of a batch must be a
     # multiple of the number of devices.
@@ -142,7 +142,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
         return Model(*loaded_run.load_run(plan, config.train.steps))
 
 
-def _refuse_unread(config: config_lib.Config, given: Mapping[str, Any]) -> None:
+def _refuse_unread_by_api(config: config_lib.Config, given: Mapping[str, Any]) -> None:
     """Refuses settings that nothing reads; the functions of this file read fewer than a run."""
     for name, value in given.items():
         unread = name in _UNREAD or name.partition(".")[0] in _UNREAD
@@ -153,7 +153,7 @@ def _refuse_unread(config: config_lib.Config, given: Mapping[str, Any]) -> None:
     table_rules.check_choices(config, data=False)
 
 
-def _check_fields(what: str, given: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def _check_api_arguments(what: str, given: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """Returns arguments for a dataclass, with tuples for lists.
 
     Raises:
@@ -305,13 +305,15 @@ def sample(
     asked = _read_api_prompts(model, prompts, "prompts")
     if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed!r}: it must be a whole number from 0 to 2**32 - 1")
-    sampling = _check_fields("sample", sampling, request.Sampling)
+    sampling = _check_api_arguments("sample", sampling, request.Sampling)
     chosen = dataclasses.replace(loaded_run.build_sampling(run, "rollout"), **sampling)
     with loaded_run.set_mesh_and_precision(plan):
         policy = run.hand_over(loaded_run.derive_run_policies(run, model.state)[0])
         return loop.generate(
             run.decoder, policy, asked, chosen,
-            keys=request.derive_keys(seed, "rollout", 0, [""] * len(asked), range(len(asked))),
+            keys=request.derive_sampling_keys(
+                seed, "rollout", 0, [""] * len(asked), range(len(asked))
+            ),
             settings=builders.build_sampler_settings(plan.config, "rollout", 0),
             vocabulary=plan.vocabulary,
         ).completions  # fmt: skip
@@ -350,11 +352,11 @@ def score(
         mix = ((1.0, loaded_run.derive_run_policies(run, model.state)[0]),)
         if side == "teacher":
             mix = loaded_run.list_run_teacher_mixture(run, model.state)
-        logp_CV = token_comparison.score_tokens(run.decoder, mix, asked, ids)
+        logp_CV = token_comparison.score_side_for_comparison(run.decoder, mix, asked, ids)
     return Scores(np.asarray(ids, np.int32), logp_CV)
 
 
-def _read_scores(scores: Scores, name: str) -> Scores:
+def _check_api_scores(scores: Scores, name: str) -> Scores:
     """Returns scores as arrays; refuses other values, and ids without a log-probability."""
     if not isinstance(scores, Scores):
         kind = type(scores).__name__
@@ -397,13 +399,13 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
       ValueError: `student` and `teacher` are scores of different tokens or have different shapes,
         or a setting is wrong.
     """
-    student, teacher = _read_scores(student, "student"), _read_scores(teacher, "teacher")
+    student, teacher = _check_api_scores(student, "student"), _check_api_scores(teacher, "teacher")
     if not np.array_equal(student.ids_C, teacher.ids_C):
         raise ValueError("student and teacher scored different tokens: score the same completion")
     if student.logp_CV.shape != teacher.logp_CV.shape:
         shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
         raise ValueError(f"the scores have the shapes {shapes}: the shapes must be equal")
-    settings = _check_fields("divergence", settings, divergences.Divergence)
+    settings = _check_api_arguments("divergence", settings, divergences.Divergence)
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(
         student.logp_CV, teacher.logp_CV, jnp.asarray(student.ids_C, jnp.int32),

@@ -83,7 +83,9 @@ def evaluate(
     build = functools.partial(prompts.build_student_prompt, plan.tokenizer, plan.evaluation)
     asked = [prompt for prompt in map(build, rows) for _ in range(n)]
     ids = [row.id for row in rows for _ in range(n)]
-    keys = request.derive_keys(plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows))
+    keys = request.derive_sampling_keys(
+        plan.config.seed, "evaluation", 0, ids, list(range(n)) * len(rows)
+    )
     completions = _sample_evaluation(r, policy, asked, ids, keys, progress, partial)
     texts = [loaded_run.decode_completion(r, completion.ids) for completion in completions]
     golds = [row.answer for row in rows for _ in range(n)]
@@ -156,9 +158,9 @@ def _sample_evaluation(
                 r, policy, [asked[i] for i in todo], "eval", keys[todo], progress=further, done=done
             )
             failed += [x.detail for x in made if x.finish == "failed" and not given_up(x)]
-            if failed_steps.is_most(len(failed), len(asked)):
+            if failed_steps.is_majority_lost(len(failed), len(asked)):
                 noun = "samples of an evaluation"
-                why = failed_steps.describe_lost("failed", failed, len(asked), noun)
+                why = failed_steps.describe_lost_completions("failed", failed, len(asked), noun)
                 raise failures.EngineError(why)
             # A server gives up the rest of a call if more than half of the call's samples failed.
             # A stopped evaluation may ask for its last few samples, so these are drawn again.
@@ -179,7 +181,7 @@ def _describe_evaluation(
     return {
         "prompts": len(asked),
         "sha256": digest.hexdigest(),
-        "policy": _fingerprint_policy(policy),
+        "policy": _fingerprint_evaluated_policy(policy),
         "seed": c.seed,
         "stop": list(c.rollout.stop),
         **{f"eval.{name}": value for name, value in drawn.items()},
@@ -187,7 +189,7 @@ def _describe_evaluation(
     }
 
 
-def _fingerprint_policy(policy: policy_lib.Policy) -> list[int]:
+def _fingerprint_evaluated_policy(policy: policy_lib.Policy) -> list[int]:
     return fingerprints.fingerprint_arrays(
         policy.params if policy.adapter is None else policy.adapter
     )
@@ -240,7 +242,7 @@ def _find_lost(samples: Sequence[dict]) -> dict[str, list[str]]:
     """Returns the reasons of the lost samples, by the way in which they were lost."""
     lost = collections.defaultdict(list)
     for sample in samples:
-        if loss := failed_steps.find_loss(sample["status"], sample["detail"]):
+        if loss := failed_steps.find_failure_cause(sample["status"], sample["detail"]):
             lost[loss].append(sample["detail"])
     return lost
 
@@ -248,11 +250,13 @@ def _find_lost(samples: Sequence[dict]) -> dict[str, list[str]]:
 def _refuse_lost_samples(samples: Sequence[dict]) -> None:
     """Refuses an evaluation of which more than half of the samples were lost."""
     lost = _find_lost(samples)
-    if not failed_steps.is_most(sum(map(len, lost.values())), len(samples)):
+    if not failed_steps.is_majority_lost(sum(map(len, lost.values())), len(samples)):
         return
     most = max(lost, key=lambda loss: len(lost[loss]))
     noun = "samples of an evaluation"
-    lines = [failed_steps.describe_lost(k, v, len(samples), noun) for k, v in lost.items()]
+    lines = [
+        failed_steps.describe_lost_completions(k, v, len(samples), noun) for k, v in lost.items()
+    ]
     if most == "unrewarded":
         lines.append("correct the function, and begin the run in another --workdir")
     kinds = {"nonfinite": nonfinite.NonFinite, "unrewarded": failures.RefusedRun}
@@ -303,7 +307,7 @@ def fits_policy(
     Results of earlier versions have no checksums, and count as results of the student.
     """
     student = loaded_run.derive_run_policies(r, state)[0]
-    fits = result.get("policy") in (None, _fingerprint_policy(student))
+    fits = result.get("policy") in (None, _fingerprint_evaluated_policy(student))
     if not fits:
         print(f"{file} is the result of another policy: the step is evaluated again", flush=True)
     return fits
@@ -329,7 +333,7 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
 
 def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
     """Returns the run's config with the changes that the flags request."""
-    config = run_plan.load_run_config(args.workdir)
+    config = workdir.load_run_config(args.workdir)
     asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
              "samples": args.samples, "max_tokens": args.max_tokens,
              "temperature": args.temperature}  # fmt: skip
@@ -374,14 +378,14 @@ def evaluate_step(
 
     with progress:
         student = loaded_run.derive_run_policies(r, state)[0]
-        policy = _fingerprint_policy(student)
+        policy = _fingerprint_evaluated_policy(student)
         result = {"step": step, "policy": policy, **evaluate(r, student, rows, update, partial)}
     # The partial file is removed only after the result has been written.
     workdir.write_json(file, result)
     found = [sample for one in result["problems"] for sample in one["samples"]]
     for loss, details in _find_lost(found).items():
-        line = failed_steps.describe_lost(loss, details, len(found), "samples")
-        print(streams.escape(f"{label} {line}"), flush=True)
+        line = failed_steps.describe_lost_completions(loss, details, len(found), "samples")
+        print(streams.escape_stream_text(f"{label} {line}"), flush=True)
     processes.run_on_leader(lambda: storage.remove(partial))
     return result
 

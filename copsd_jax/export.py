@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     """
     args = parse_export_flags(argv)
     try:
-        config = run_plan.load_run_config(args.workdir)
+        config = workdir.load_run_config(args.workdir)
         _check_out(args.out)
         if args.format == "peft" and config.train.trainable != "lora":
             raise ValueError("--format=peft: train.trainable is full, so there is no adapter")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
             student = policy_lib.Policy(merged)
         with storage.explain(args.out):
-            loaded_run.write_policy(plan, student, args.out.resolve(), config.model.path)
+            loaded_run.write_run_policy(plan, student, args.out.resolve(), config.model.path)
     except (ValueError, OSError, nonfinite.NonFinite) as error:
         return failures.report(error)
     print(f"step {step} of {args.workdir} is in {args.out}")

@@ -48,7 +48,7 @@ from copsd_jax.dryrun import targets
 from copsd_jax.runtime import malloc, signals, storage, streams
 
 
-class DryRun(NamedTuple):
+class DryRunFlags(NamedTuple):
     """The request for a dry run.
 
     Attributes:
@@ -67,7 +67,7 @@ class Command(NamedTuple):
 
     config: config_lib.Config
     workdir: pathlib.Path
-    dry_run: DryRun | None
+    dry_run: DryRunFlags | None
 
 
 def main(argv: list[str]) -> int:
@@ -145,13 +145,13 @@ def parse_command(argv: list[str]) -> Command:
     return Command(config.value, storage.parse_path(directory), dry_run)
 
 
-def _parse_dry_run(target: str, report: str, search: bool) -> DryRun | None:
+def _parse_dry_run(target: str, report: str, search: bool) -> DryRunFlags | None:
     if not target and (report or search):
         raise ValueError("--dry_run_json and --search need --dry_run, such as --dry_run=v5e:4x8")
     report = os.path.expanduser(report)
     if report and not pathlib.Path(report).absolute().parent.is_dir():
         raise FileNotFoundError(f"--dry_run_json={report!r}: the file's folder does not exist")
-    return DryRun(targets.parse_target(target), report, search) if target else None
+    return DryRunFlags(targets.parse_target(target), report, search) if target else None
 
 
 def _default_workdir(card: str) -> str:

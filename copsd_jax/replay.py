@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     try:
         storage.check_local("--workdir", args.workdir)
         content, state_path = _read_step(args.workdir, args.step)
-        plan = run_plan.make_plan(_load_own_config(args.workdir), evaluate=False)
+        plan = run_plan.make_plan(_load_replay_config(args.workdir), evaluate=False)
         with loaded_run.set_mesh_and_precision(plan):
             _check_shards(content["inputs"]["batch"], plan)
             r, like = loaded_run.load_run(plan, plan.config.train.steps)
@@ -94,9 +94,9 @@ def _read_step(directory: pathlib.Path, step: int) -> tuple[dict, pathlib.Path]:
     return content, bad_steps.find_state(directory, step)
 
 
-def _load_own_config(directory: pathlib.Path) -> config_lib.Config:
+def _load_replay_config(directory: pathlib.Path) -> config_lib.Config:
     """Returns the run's settings, its mesh included, for one process that samples nothing."""
-    config = run_plan.load_run_config(directory)
+    config = workdir.load_run_config(directory)
     # Another mesh or another form of attention would add the same numbers in another order.
     own = workdir.read_all_settings(directory)
     config.mesh.update({axis: own[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")})
@@ -123,26 +123,27 @@ def _run_step(
     asked = prompts.build_student_prompt(plan.tokenizer, plan.student, row)
     taught = config_lib.traits(plan.config).teacher
     told = plan.teacher.build_shortest(row) if taught else None
-    teacher_kv = rollouts.encode_prefixes(r, state, asked, told)[1]
+    teacher_kv = rollouts.encode_training_prefixes(r, state, asked, told)[1]
     batch = layout.place_batch(inputs["batch"], plan.mesh)
     args = (r.frozen, batch, inputs["student_prefix"], teacher_kv)
     _, gradient, _ = jax.jit(train_step.make_gradient(r.decoder, r.options))(state, *args)
     lines = [
-        f"not finite in the state: {_join(nonfinite.find_nonfinite(state._asdict()))}",
-        f"not finite in the inputs: {_join(nonfinite.find_nonfinite(inputs))}",
-        f"not finite in the gradient: {_join(_describe_gradient(gradient))}",
+        f"not finite in the state: {_join_replay_items(nonfinite.find_nonfinite(state._asdict()))}",
+        f"not finite in the inputs: {_join_replay_items(nonfinite.find_nonfinite(inputs))}",
+        f"not finite in the gradient: {_join_replay_items(_describe_replayed_gradient(gradient))}",
     ]
     _, aux = r.step(state, *args, inputs["lr_factor"])
     aux = jax.device_get(aux)
-    lines.append(f"not finite in completions: {_join(_describe_tokens(aux, inputs['batch']))}")
+    tokens = _join_replay_items(_describe_replayed_tokens(aux, inputs["batch"]))
+    lines.append(f"not finite in completions: {tokens}")
     return aux.metrics, lines
 
 
-def _join(items: list[str]) -> str:
+def _join_replay_items(items: list[str]) -> str:
     return ", ".join(items) or "none"
 
 
-def _describe_gradient(gradient: dict) -> list[str]:
+def _describe_replayed_gradient(gradient: dict) -> list[str]:
     """Describes the arrays of a gradient that are not finite, with their layers if they have any.
 
     Adapters, and all parameters named `layers/...`, have a leading axis for the layers.
@@ -160,7 +161,7 @@ def _describe_gradient(gradient: dict) -> list[str]:
     return out
 
 
-def _describe_tokens(aux: train_step.Aux, batch: layout.Batch) -> list[str]:
+def _describe_replayed_tokens(aux: train_step.Aux, batch: layout.Batch) -> list[str]:
     """Describes the tokens of each completion that have a value that is not finite."""
     lost_BC = np.zeros(batch.mask_BC.shape, bool)
     for value_BC in jax.tree.leaves((aux.tokens, aux.policy)):

@@ -52,7 +52,7 @@ FARTHEST = 5.0  # largest mean of ln p of the student - ln p of the teacher, in 
 OFF = " (docs/self_test.md; check.self_test=False skips this test)"
 
 
-class _Probe(NamedTuple):
+class _SelfTestProbe(NamedTuple):
     """The problems of the test, one or more per batch shard.
 
     Attributes:
@@ -69,7 +69,7 @@ class _Probe(NamedTuple):
     equal: bool
 
 
-class _Drawn(NamedTuple):
+class _SelfTestCompletions(NamedTuple):
     """The completions of the test.
 
     Attributes:
@@ -99,7 +99,7 @@ def check(r: loaded_run.LoadedRun, state: train_step.State) -> str:
     _check_prompts(r, probe)
     lora = r.plan.config.train.trainable == "lora"
     shaken = _shake_adapter(r, state) if lora else state
-    drawn = _draw(r, probe, shaken)
+    drawn = _draw_test_completions(r, probe, shaken)
     scores = _build_scores(r, state, probe, drawn)
     initial = scores(state)
     numbers = _measure(probe, drawn, initial, scores(shaken) if lora else initial)
@@ -108,7 +108,7 @@ def check(r: loaded_run.LoadedRun, state: train_step.State) -> str:
     return _describe(numbers, known)
 
 
-def _build_probe(r: loaded_run.LoadedRun) -> _Probe:
+def _build_probe(r: loaded_run.LoadedRun) -> _SelfTestProbe:
     plan = r.plan
     section, form, rows = "rollout", plan.student, plan.rows
     if not config_lib.traits(plan.config).samples:
@@ -118,9 +118,9 @@ def _build_probe(r: loaded_run.LoadedRun) -> _Probe:
     build = functools.partial(prompts.build_student_prompt, plan.tokenizer, form)
     asked = [build(row) for row in rows]
     if not config_lib.traits(plan.config).teacher:
-        return _Probe(section, asked, None, False)
+        return _SelfTestProbe(section, asked, None, False)
     told = [plan.teacher.build_shortest(row) for row in rows]
-    return _Probe(section, asked, told, told[0].prefix_ids == asked[0].prefix_ids)
+    return _SelfTestProbe(section, asked, told, told[0].prefix_ids == asked[0].prefix_ids)
 
 
 # ---- checks without the model ----------------------------------------------------------------
@@ -130,7 +130,7 @@ def _refuse(reason: str) -> failures.RefusedRun:
     return failures.RefusedRun(f"the self-test failed: {reason}{OFF}")
 
 
-def _check_prompts(r: loaded_run.LoadedRun, probe: _Probe) -> None:
+def _check_prompts(r: loaded_run.LoadedRun, probe: _SelfTestProbe) -> None:
     """Checks that a completion follows the same text on both sides."""
     plan = r.plan
     if probe.told is None or plan.config.parity.template_mismatch:
@@ -184,7 +184,9 @@ def _shake_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> train_st
     return state._replace(trained=adapter)
 
 
-def _draw(r: loaded_run.LoadedRun, probe: _Probe, state: train_step.State) -> _Drawn:
+def _draw_test_completions(
+    r: loaded_run.LoadedRun, probe: _SelfTestProbe, state: train_step.State
+) -> _SelfTestCompletions:
     """Draws a completion per problem, with log-probabilities."""
     plan = r.plan
     real_V = np.zeros_like(plan.vocabulary.valid_V)
@@ -199,7 +201,7 @@ def _draw(r: loaded_run.LoadedRun, probe: _Probe, state: train_step.State) -> _D
     elif not remote_engine.reports_log_probs(plan.server.logprobs, sampling)[0]:
         sampling = dataclasses.replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
     ids = [f"self-test {i}" for i in range(len(probe.asked))]
-    keys = request.derive_keys(plan.config.seed, "rollout", STEP, ids, [0] * len(ids))
+    keys = request.derive_sampling_keys(plan.config.seed, "rollout", STEP, ids, [0] * len(ids))
     policy = loaded_run.derive_run_policies(r, state)[0]
     drawn = loaded_run.sample(
         r, policy, probe.asked, probe.section, keys, sampling=sampling
@@ -208,14 +210,17 @@ def _draw(r: loaded_run.LoadedRun, probe: _Probe, state: train_step.State) -> _D
         raise _refuse("the sampler's logits are not finite")
     if wrong := [i for completion in drawn for i in completion.ids if not real_V[i]]:
         raise _refuse(f"the sampler draws ids that the tokenizer does not have, such as {wrong[0]}")
-    return _Drawn(drawn, sampling.temperature or 1.0)
+    return _SelfTestCompletions(drawn, sampling.temperature or 1.0)
 
 
 # ---- trainer ---------------------------------------------------------------------------------
 
 
 def _build_scores(
-    r: loaded_run.LoadedRun, initial: train_step.State, probe: _Probe, drawn: _Drawn
+    r: loaded_run.LoadedRun,
+    initial: train_step.State,
+    probe: _SelfTestProbe,
+    drawn: _SelfTestCompletions,
 ) -> Callable[[train_step.State], Any]:
     """Builds the function that maps a state to the trainer's scores of the completions.
 
@@ -225,7 +230,7 @@ def _build_scores(
     """
     times = 1 + probe.equal
     told = None if probe.told is None else [*probe.told, *(probe.asked if probe.equal else ())]
-    batch = _build_batch(r, probe.asked * times, told, drawn.completions * times)
+    batch = _build_self_test_batch(r, probe.asked * times, told, drawn.completions * times)
     options = dataclasses.replace(r.options, micro_batches=1, group=0)
     if options.divergence:  # all numbers at one temperature
         at = options.divergence.sampling_temperature if r.plan.server is None else drawn.temperature
@@ -249,7 +254,7 @@ def _build_scores(
     return lambda state: jax.device_get(program(state, r.frozen, placed, student, kvs))
 
 
-def _build_batch(
+def _build_self_test_batch(
     r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt],
     told: Sequence[prompts.Prompt] | None, completions: Sequence[loop.Completion],
 ) -> layout.Batch:  # fmt: skip
@@ -278,7 +283,7 @@ def _build_batch(
 # ---- the verdict -----------------------------------------------------------------------------
 
 
-class _Numbers(NamedTuple):
+class _SelfTestNumbers(NamedTuple):
     """Measurements in nats per token; None for a measurement that the run does not allow.
 
     Attributes:
@@ -298,7 +303,9 @@ class _Numbers(NamedTuple):
     equal: float | None = None
 
 
-def _measure(probe: _Probe, drawn: _Drawn, initial, shaken) -> _Numbers:
+def _measure(
+    probe: _SelfTestProbe, drawn: _SelfTestCompletions, initial, shaken
+) -> _SelfTestNumbers:
     """Computes the numbers from the scores without and with the random adapter.
 
     Raises:
@@ -323,7 +330,7 @@ def _measure(probe: _Probe, drawn: _Drawn, initial, shaken) -> _Numbers:
     before, after = (take(scores, "logp_sampling_T") for scores in (initial, shaken))
     sampled = [completion.logps for completion in completions]
     first = subtract([x[:1] for x in sampled], [x[:1] for x in after])
-    found = _Numbers(size(subtract(sampled, after)), size(first))
+    found = _SelfTestNumbers(size(subtract(sampled, after)), size(first))
     if shaken is not initial:
         found = found._replace(effect=size(subtract(before, after)))
     if probe.told is None:
@@ -338,7 +345,7 @@ def _measure(probe: _Probe, drawn: _Drawn, initial, shaken) -> _Numbers:
     return found
 
 
-def _judge(numbers: _Numbers, bound: float, equal: float, kind: str, known: bool) -> None:
+def _judge(numbers: _SelfTestNumbers, bound: float, equal: float, kind: str, known: bool) -> None:
     """Refuses the run if a number exceeds its bound.
 
     Args:
@@ -385,7 +392,7 @@ def _judge(numbers: _Numbers, bound: float, equal: float, kind: str, known: bool
         )
 
 
-def _describe(numbers: _Numbers, known: bool) -> str:
+def _describe(numbers: _SelfTestNumbers, known: bool) -> str:
     line = f"self-test: sampler and trainer differ by {numbers.noise:.1e} nats per token"
     if numbers.signal is None:
         return line

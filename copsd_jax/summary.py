@@ -4,17 +4,19 @@ import collections
 import json
 import pathlib
 
+import jax
 import numpy as np
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import memory
 from copsd_jax.methods import failed_steps
 from copsd_jax.metrics import eval_tables, metric_files, terminal
+from copsd_jax.model import transformer
 from copsd_jax.problems import languages, problem_row
 from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import processes, sharding, streams
 from copsd_jax.teaching import prompts
-from copsd_jax.training import backends, builders, run_plan
+from copsd_jax.training import backends, builders, model_headers, run_plan
 from copsd_jax.weights import tokenizer
 
 
@@ -27,7 +29,7 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
       continued: whether the directory already contains the run.
     """
     c, shape, spell = plan.config, plan.model_config, config_lib.spell_count
-    size, platform = memory.count_parameters(plan), sharding.platform(plan.mesh)
+    size, platform = _count_parameters(plan), sharding.platform(plan.mesh)
     completions = config_lib.completions_per_step(c)
     rank = f" rank {c.lora.rank}" if c.train.trainable == "lora" else ""
     parts = memory.summarize_memory(plan).items()
@@ -39,9 +41,9 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}{rank})",
         f"  loss        {_summarize_loss(c)} ({backends.choose_loss(c, platform)})",
         f"  attention   {_format_attention(plan)}; remat {c.model.remat}",
-        f"  problems    {c.data.path}: {_count_languages(plan.rows)}; "
+        f"  problems    {c.data.path}: {_summarize_languages(plan.rows)}; "
         f"dropped: {_format_counts(plan.dropped)}{_describe_golds(c.reward.kind, plan.rows)}",
-        f"  evaluation  {c.eval.path or 'none'}: {_count_languages(plan.eval_rows)}; dropped: "
+        f"  evaluation  {c.eval.path or 'none'}: {_summarize_languages(plan.eval_rows)}; dropped: "
         f"{_format_counts(plan.eval_dropped)}{_describe_golds(c.reward.kind, plan.eval_rows)}",
         *_describe_data(plan),
         f"  a step      {spell(c.train.batch, 'problem')} x "
@@ -72,6 +74,18 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
     if unchecked:
         lines.append(f"  wording not checked by a speaker: {', '.join(sorted(unchecked))}")
     return "\n".join(lines)
+
+
+def _count_parameters(plan: run_plan.Plan) -> dict[str, int]:
+    """Returns the number of base parameters and the number of trained parameters.
+
+    Returns:
+      {"base": number, "trained": number}. With LoRA, only the adapter's parameters are trained.
+    """
+    count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
+    base = transformer.abstract_params(plan.model_config, plan.dtype)
+    trained = model_headers.trained_shapes(plan.config, plan.model_config)
+    return {"base": count(base), "trained": count(trained)}
 
 
 def _describe_golds(kind: str, rows: list[problem_row.Row]) -> str:
@@ -137,7 +151,7 @@ def _summarize_loss(c) -> str:
     )
 
 
-def _count_languages(rows: list[problem_row.Row]) -> str:
+def _summarize_languages(rows: list[problem_row.Row]) -> str:
     """Renders the number of rows per language, such as "sw 500, fr 20"; "none" if no rows exist."""
     counts = collections.Counter(row.lang for row in rows)
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
@@ -185,7 +199,8 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
         "unrewarded": failed_steps.list_lost_rewards(records),
     }
     lines = [
-        f"warning: step {step}: {failed_steps.describe_lost(loss, details, len(records))}"
+        f"warning: step {step}: "
+        + failed_steps.describe_lost_completions(loss, details, len(records))
         for loss, details in lost.items()
         if details
     ]
@@ -195,7 +210,7 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
             f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
             f"first for {failed[0]['reply_status']}: {failed[0]['reply_detail']}"
         )
-    return [streams.escape(line) for line in lines]
+    return [streams.escape_stream_text(line) for line in lines]
 
 
 def summarize_sample(step: int, records: list[dict]) -> str:
@@ -205,7 +220,7 @@ def summarize_sample(step: int, records: list[dict]) -> str:
     lines = [f"--- sample of step {step} ({record['lang']}, {mark}, gold {record['gold']})"]
     shown = f"{record['problem']}\n-> {record['completion'].strip()}"
     lines += [f"    {line}" for line in shown.split("\n")]
-    return streams.escape("\n".join(lines))
+    return streams.escape_stream_text("\n".join(lines))
 
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")
@@ -260,7 +275,9 @@ def summarize_ending(
         lines += ["", totals]
     lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
     steps = plan.config.train.steps
-    if skipped := processes.run_on_leader(lambda: metric_files.count_failed(directory, steps)):
+    if skipped := processes.run_on_leader(
+        lambda: metric_files.count_failed_metric_lines(directory, steps)
+    ):
         lines.append(
             f"skipped {config_lib.spell_count(skipped, 'step')}, because too few completions, "
             "replies or rewards were usable (metric `failed`)"

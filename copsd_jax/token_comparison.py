@@ -60,7 +60,9 @@ def compare_tokens(
     student = ((1.0, loaded_run.derive_run_policies(r, state)[0]),)
     teacher = loaded_run.list_run_teacher_mixture(r, state)
     sides_CV = [
-        np.asarray(score_tokens(r.decoder, mix, record[f"{side}_prompt_ids"], completion))
+        np.asarray(
+            score_side_for_comparison(r.decoder, mix, record[f"{side}_prompt_ids"], completion)
+        )
         for side, mix in (("student", student), ("teacher", teacher))
     ]
     spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
@@ -75,7 +77,7 @@ def compare_tokens(
     return out
 
 
-def score_tokens(
+def score_side_for_comparison(
     decoder: transformer.Decoder, mix: Mixture, prompt: Sequence[int], completion: Sequence[int]
 ) -> jax.Array:
     """Scores the whole vocabulary at each position of a completion that follows a prompt.
@@ -94,11 +96,11 @@ def score_tokens(
       ValueError: the prompt is empty.
     """
     side = layout.build_batch([prompt], None, [completion]).student
-    return _diagnose_side_logps(decoder, mix, side)[: len(completion)]
+    return _compute_comparison_logps(decoder, mix, side)[: len(completion)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _diagnose_side_logps(
+def _compute_comparison_logps(
     decoder: transformer.Decoder, mix: Mixture, side: layout.Side
 ) -> jax.Array:
     """Returns the log-probabilities [C, V] for a side that has one sample; padding is included."""
@@ -110,7 +112,7 @@ def _diagnose_side_logps(
         output: Any = decoder.apply({"params": policy.params}, (stream,))
         hidden_CD = output[0].hidden_BLD[0][side.gather_BC[0]]
         head_VD = transformer.get_head(policy.params)
-        total = total + share * transformer.compute_logits(hidden_CD, head_VD)
+        total = total + share * transformer.compute_model_logits(hidden_CD, head_VD)
     return jax.nn.log_softmax(total)
 
 

@@ -7,7 +7,6 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,7 +25,6 @@ from copsd_jax.runtime import (
     nonfinite,
     processes,
     run_lock,
-    sharding,
     signals,
     workdir,
 )
@@ -63,7 +61,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     date = config.prompt.date
     found = continuation.compare_settings(directory, config_lib.flat(config))
     config_lib.assign(config, found.taken)
-    _choose_at_start(config, directory)
+    _choose_at_train_start(config, directory)
     plan = run_plan.make_plan(config)
     builders.check_row_budget(plan)
     longest = plan.longest.get("author_server")
@@ -89,14 +87,14 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
     return plan, found.known
 
 
-def _choose_at_start(config: config_lib.Config, directory: pathlib.Path) -> None:
+def _choose_at_train_start(config: config_lib.Config, directory: pathlib.Path) -> None:
     """Replaces the settings whose value is chosen at a run's first start, in place."""
     model = config.model
     config.prompt.date = config.prompt.date or continuation.choose_date(directory)
-    former = pathlib.Path(continuation.read_first_fact(directory, "model", ""))
+    former = pathlib.Path(continuation.read_fact_of_first_start(directory, "model", ""))
     model.commit = model.commit or hub.find_commit(former)
     # All processes open the checkpoints, because Orbax synchronises processes when it opens them.
-    newest = initial_weights.name_checkpoint(model.init_from)
+    newest = initial_weights.resolve_initial_weights(model.init_from)
     model.init_from = processes.run_on_leader(lambda: newest)
 
 
@@ -132,9 +130,9 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
         if config.check.self_test and config.train.steps and not continued:
             print(_test_new_run(r, state, directory), flush=True)
         saver = stack.enter_context(_create_workdir(plan, directory, facts))
-        if _warms_up(plan):
+        if loaded_run.warms_up_sampler(plan):
             print("compiling the sampler's programs", flush=True)
-            for line in loaded_run.compile_sampler(r, state):
+            for line in loaded_run.compile_run_sampler(r, state):
                 print(line, flush=True)
         with r.stop.listen(config.train.grace), r.grader:
             # The evaluation of step 0 needs the initial policy. If a continued run lacks the
@@ -146,12 +144,12 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
             processes.run_on_leader(lambda: workdir.remove_later(directory, first, steps))
             if config.eval.every and first % config.eval.every == 0:
                 _evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
-            with _writer(directory, first) as writer:
+            with metric_files.open_metric_writer(directory, first) as writer:
                 state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
             after = _evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
-    return processes.run_on_leader(lambda: metric_files.count_failed(directory, steps))
+    return processes.run_on_leader(lambda: metric_files.count_failed_metric_lines(directory, steps))
 
 
 def _test_new_run(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
@@ -173,18 +171,6 @@ def _create_workdir(
     return checkpoint.Checkpoints(
         directory / "checkpoints", t.keep, writer=True, minutes=t.save_minutes
     )
-
-
-@contextlib.contextmanager
-def _writer(directory: pathlib.Path, first: int) -> Iterator[Callable[[int, Mapping], None]]:
-    """Yields a function that writes (step, metrics) to files; only the leading process writes."""
-    if not processes.is_leader():
-        yield lambda step, values: None
-        return
-    with metric_files.Writer(directory, resume=first + 1) as writer:
-        for repair in writer.repairs:
-            print(repair, flush=True)
-        yield writer.write
 
 
 def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
@@ -231,8 +217,8 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 last = number == c.train.steps or bool(guard["stopped"])
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
                 lines += [f"guard: {event.text}" for event in events]
-                _show(progress, lines)  # `check_server_gap` may end the run
-                lines = sampler_server.check_server_gap(c, number, values)
+                _show(progress, lines)  # `check_sampler_server_gap` may end the run
+                lines = sampler_server.check_sampler_server_gap(c, number, values)
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
                 # writes those of later steps again.
@@ -296,7 +282,7 @@ def _restore_guards(
       failures.UnusableFile: events.jsonl has an action that the metrics do not give again.
     """
     guard, replayed = guards.replay_events(plan.guards, written)
-    every = processes.run_on_leader(lambda: workdir.read_events(directory))
+    every = processes.run_on_leader(lambda: workdir.read_workdir_events(directory))
     read = [event for event in every if event["step"] <= first]
     said, file = guards.rebuild_events(read, replayed), directory / "events.jsonl"
     acted = collections.Counter((event["step"], event["action"]) for event in read)
@@ -345,21 +331,13 @@ def _run_training_step(
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
         **work.metrics,
-        **rollout_records.add_token_values(r, work._replace(batch=taught), aux),
+        **rollout_records.add_rollout_token_values(r, work._replace(batch=taught), aux),
         "learning_rate": float(r.rate(updates)) * float(factor),
         **timer.take(),
     }
     # The inputs are not returned, so that the keys and values in the inputs are freed before the
     # next step. Guards may read the times in `values`, so all processes use the leader's times.
     return state, work.records, processes.run_on_leader(lambda: values)
-
-
-def _warms_up(plan: run_plan.Plan) -> bool:
-    """Returns whether to compile the sampler's programs before the first rollout."""
-    if plan.server is not None:
-        return False
-    auto = sharding.platform(plan.mesh) != "cpu"  # on CPUs, compiling takes longer than a step
-    return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
 
 
 def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:

@@ -32,7 +32,9 @@ assert len(jax.devices()) == 4
 with jax.default_device(jax.local_devices()[0]):
     whole = jax.device_get(transformer.init_params(CONFIG, jax.random.key(0), jnp.float32))
     keys = jax.device_get(
-        request.derive_keys(0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36)
+        request.derive_sampling_keys(
+            0, "rollout", 0, [str(i) for i in range(len(PROMPTS))], [0] * 36
+        )
     )
 devices = sharding.make_mesh(2, 1, 2)
 decoder = transformer.Decoder(CONFIG, jnp.float32)

@@ -96,7 +96,7 @@ def _example(path: str, record: record_files.Record, columns: Sequence[str]) -> 
             out[column] = "true" if sources.is_true(value) else "false"
         elif not sources.is_blank(value):
             try:
-                out[column] = sources.convert_to_text(column, value)
+                out[column] = sources.convert_problem_field(column, value)
             except sources.UnusableValue as error:
                 raise ValueError(f"{path}, {record.where}: {error}") from error
     return out

@@ -75,7 +75,7 @@ class BlockSizes:
     slots: int
 
 
-def get_chip() -> str:
+def get_attention_chip() -> str:
     """Returns the `device_kind` of the current mesh, or that of a v5e if the mesh has no TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
@@ -151,7 +151,7 @@ def attend(
     """
     slots, heads, queries, size = q_JKMH.shape
     length, dtype = cache.k.shape[3], cache.k.dtype
-    blocks = blocks or choose_blocks(q_JKMH.shape, cache.k.shape, dtype, get_chip())
+    blocks = blocks or choose_blocks(q_JKMH.shape, cache.k.shape, dtype, get_attention_chip())
     _check_blocks(blocks, length)
     turned = size % 128 != 0
     caches = _turn(jax.tree.leaves(cache), turned)

@@ -120,7 +120,7 @@ def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) 
 def _attend_forward(block: int, inputs: visibility.RowInputs) -> tuple[jax.Array, tuple]:
     """Returns the output, and the residuals for the backward pass."""
     ranges = [
-        _scan_blocks(functools.partial(_attend_block_forward, keys), (), part, block)[1]
+        _scan_query_blocks(functools.partial(_attend_block_forward, keys), (), part, block)[1]
         for keys, part in _split_ranges(inputs, block)
     ]
     out_BLKMH, lse_BLKM = (
@@ -135,7 +135,7 @@ def _attend_backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visib
     length, dtype, f32 = inputs.q_BLKMH.shape[1], inputs.k_BLKH.dtype, jnp.float32
     delta_BLKM = jnp.sum(g_BLKMH.astype(f32) * out_BLKMH.astype(f32), axis=-1)
     grads = [
-        _scan_blocks(
+        _scan_query_blocks(
             functools.partial(_attend_block_backward, keys), _zero_gradients(keys), part, block
         )
         for keys, part in _split_ranges(inputs, block, (g_BLKMH, lse_BLKM, delta_BLKM))
@@ -186,7 +186,7 @@ def split_queries(length: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + width, length)) for start in range(0, length, width)]
 
 
-def _scan_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
+def _scan_query_blocks(step: Callable[..., Any], carry: Any, parts: Any, block: int) -> Any:
     """Runs `step(carry, part)` as a scan over blocks of queries, along axis 1 of `parts`."""
     length = max(x.shape[1] for x in jax.tree.leaves(parts))
     if length <= block:

@@ -57,7 +57,7 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         flag, equals, value = word.lstrip("-").partition("=")
         if not word.startswith("-") or not flag:
             raise ValueError(f"unexpected argument {word!r}: write settings as --config.name=value")
-        name = _check_name(flag)
+        name = _check_setting_or_flag(flag)
         if name in found and (_is_list(name) or not name.startswith("config.")):
             advice = "; write several values with commas" if _is_list(name) else ""
             raise ValueError(f"--{name} occurs twice: keep one of the two{advice}")
@@ -70,13 +70,13 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         if equals and name == "search" and value.lower() not in ("true", "false", "1", "0"):
             raise ValueError(f"--search is {value!r}: it must be True or False")
         if equals and name.startswith("config."):
-            _check_value(name.removeprefix("config."), value)
+            _check_setting_text(name.removeprefix("config."), value)
         found[name] = f"--{flag}{equals}{value}"
     card = found.pop("config", "").removeprefix("--config=")
     return Arguments(card, list(found.values()))
 
 
-def _check_name(flag: str) -> str:
+def _check_setting_or_flag(flag: str) -> str:
     """Returns the name of a flag or setting, without the "no" of a negated switch."""
     for name in (flag, flag.removeprefix("no")):
         setting = name.removeprefix("config.")
@@ -101,7 +101,7 @@ def _is_list(name: str) -> bool:
     return isinstance(_default_of(name), tuple)
 
 
-def _check_value(name: str, text: str) -> None:
+def _check_setting_text(name: str, text: str) -> None:
     """Refuses the text of a number or switch that cannot be read, and of a list that is none."""
     if _is_list(f"config.{name}"):
         value: Any = ()
@@ -143,11 +143,11 @@ def load_card(argument: str) -> config_lib.Config:
         config = module.get_config(preset) if colon else module.get_config()
     # A card is the user's program, which may raise anything or call sys.exit.
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--config={argument!r}{_describe_failure(file, error)}") from error
+        raise ValueError(f"--config={argument!r}{_describe_card_failure(file, error)}") from error
     return _check_settings_of(argument, config)
 
 
-def _describe_failure(file: str, error: BaseException) -> str:
+def _describe_card_failure(file: str, error: BaseException) -> str:
     """Describes the failure of a card: the line in the card, and the error."""
     if isinstance(error, SyntaxError):
         where = f", line {error.lineno}" if error.lineno else ""
@@ -158,12 +158,12 @@ def _describe_failure(file: str, error: BaseException) -> str:
     where = f", line {lines[-1]}" if lines else ""
     text = " ".join(str(error).split())
     if frames[-1].filename.endswith("config_dict.py") and isinstance(error, AttributeError):
-        return f"{where}: {_describe_unknown(text)}"
+        return f"{where}: {_describe_unknown_setting(text)}"
     kind = "" if text and isinstance(error, ValueError) else type(error).__name__
     return f"{where}: {': '.join(filter(None, (kind, text[:_SHOWN])))}"
 
 
-def _describe_unknown(text: str) -> str:
+def _describe_unknown_setting(text: str) -> str:
     """Describes the error of ConfigDict about a name that the settings do not have."""
     name = re.search(r"\w+", text.removeprefix("'Key"))
     word = name[0] if name else ""

@@ -40,7 +40,7 @@ def check_settings(
     s = config_lib.flat(config)
     for name, setting in config_lib.SETTINGS.items():
         if isinstance(setting.allowed, Choices):
-            _check_choice(s, name, setting.allowed, tables)
+            _check_setting_choice(s, name, setting.allowed, tables)
         else:
             config_lib.check_range(name, s[name])
     if any(not isinstance(text, str) or not text for text in s["rollout.stop"]):
@@ -60,7 +60,7 @@ def check_settings(
         _refuse_unread_settings(s, tables)
 
 
-def check_vocabulary(config: config_lib.Config, vocab_size: int) -> None:
+def check_top_k_settings(config: config_lib.Config, vocab_size: int) -> None:
     """Refuses a top_k above the size of the model's vocabulary.
 
     Raises:
@@ -72,7 +72,7 @@ def check_vocabulary(config: config_lib.Config, vocab_size: int) -> None:
             refuse(s, name, f"the model has {vocab_size} tokens (0 is off)")
 
 
-def check_shards(config: config_lib.Config, devices: int) -> None:
+def check_shard_settings(config: config_lib.Config, devices: int) -> None:
     """Refuses a micro-batch whose number of completions is not divisible by `devices`.
 
     With packed rows (train.pack), any number of completions is allowed.
@@ -102,7 +102,9 @@ def refuse(s: Mapping, name: str, rule: str) -> NoReturn:
 # -------------------------------------------------------------------------------- single settings
 
 
-def _check_choice(s: Mapping, name: str, allowed: Choices, tables: config_lib.Tables) -> None:
+def _check_setting_choice(
+    s: Mapping, name: str, allowed: Choices, tables: config_lib.Tables
+) -> None:
     choices = config_lib.choices(name, tables)
     for value in (s[name],) if isinstance(s[name], str) else s[name]:
         known = value in choices or (allowed.function and re.fullmatch(r"[\w.]+:\w+", value))

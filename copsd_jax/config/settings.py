@@ -215,7 +215,7 @@ def unknown_setting(name: str) -> str:
     return f"--config.{name} is not a setting: {hint}"
 
 
-def without_retired(saved: Mapping[str, object], source: str) -> dict[str, object]:
+def drop_retired_settings(saved: Mapping[str, object], source: str) -> dict[str, object]:
     """Returns the saved settings without those that no longer exist.
 
     Args:

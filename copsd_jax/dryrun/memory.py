@@ -1,4 +1,4 @@
-"""Computes parameter counts and the memory that a run holds, from shapes and shardings alone.
+"""Computes the memory that a run holds, from shapes and shardings alone.
 
 This file allocates and compiles nothing. Only the compiler knows how much temporary memory a
 program needs, so `dryrun` compiles the programs to find out.
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
 from copsd_jax.attention import decode_attention
@@ -18,26 +17,6 @@ from copsd_jax.model import transformer
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import engine
 from copsd_jax.training import builders, model_headers, run_plan, train_step
-
-
-def count_parameters(plan: run_plan.Plan) -> dict[str, int]:
-    """Returns the number of base parameters and the number of trained parameters.
-
-    Returns:
-      {"base": number, "trained": number}. With LoRA, only the adapter's parameters are trained.
-    """
-    count = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
-    base = transformer.abstract_params(plan.model_config, plan.dtype)
-    trained = model_headers.trained_shapes(plan.config, plan.model_config)
-    return {"base": count(base), "trained": count(trained)}
-
-
-def count_bytes(tree: Any) -> int:
-    """Returns the bytes that a tree of arrays with shardings takes on each device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
 
 
 class HeldArrays(NamedTuple):
@@ -93,13 +72,13 @@ def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str,
       The bytes of `weights`, `adapters`, `optimizer` and `average`. The part `average` is the
       teacher's moving average of the trained parameters.
     """
-    trained = count_bytes(arrays.state.trained)
+    trained = sharding.count_device_bytes(arrays.state.trained)
     lora = frame.config.train.trainable == "lora"
     return {
-        "weights": count_bytes(arrays.frozen) + (0 if lora else trained),
+        "weights": sharding.count_device_bytes(arrays.frozen) + (0 if lora else trained),
         "adapters": trained if lora else 0,
-        "optimizer": count_bytes(arrays.state.optimizer),
-        "average": count_bytes(arrays.state.ema),
+        "optimizer": sharding.count_device_bytes(arrays.state.optimizer),
+        "average": sharding.count_device_bytes(arrays.state.ema),
     }
 
 
@@ -112,11 +91,11 @@ def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> in
     """
     lora = frame.config.train.trainable == "lora"
     policy = arrays.sampler
-    copies = 0 if policy.params is arrays.base else count_bytes(policy.params)
+    copies = 0 if policy.params is arrays.base else sharding.count_device_bytes(policy.params)
     if lora and policy.adapter is not arrays.state.trained:
-        copies += count_bytes(policy.adapter)
+        copies += sharding.count_device_bytes(policy.adapter)
     # With full fine-tuning, each sampling phase begins with a cast of the float32 weights.
-    return copies if lora else copies + count_bytes(arrays.base)
+    return copies if lora else copies + sharding.count_device_bytes(arrays.base)
 
 
 def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -> int:
@@ -138,7 +117,7 @@ def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -
     state = jax.eval_shape(lambda: engine.init_slot_state(decoder, slots, entries, dtype))
     specs = engine.partition_state(state, frame.mesh)
     places = jax.tree.map(lambda spec: NamedSharding(frame.mesh, spec), specs)
-    return count_bytes(sharding.to_abstract(state, frame.mesh, places))
+    return sharding.count_device_bytes(sharding.to_abstract(state, frame.mesh, places))
 
 
 def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:

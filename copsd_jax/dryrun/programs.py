@@ -186,8 +186,8 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
     """
     shape = find_dry_run_model(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    setting_rules.check_shards(config, sharding.batch_shards(mesh))
-    setting_rules.check_vocabulary(config, shape.vocab_size)
+    setting_rules.check_shard_settings(config, sharding.batch_shards(mesh))
+    setting_rules.check_top_k_settings(config, shape.vocab_size)
     backends.choose_loss(config, sharding.platform(mesh))
     sharding.count_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
@@ -265,9 +265,9 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
     frame, sampled = run.frame, sampled_phases(run)
     held = memory.count_resident(frame, arrays)
     if name == "placement":
-        return held | {"read": 0 if arrays.frozen else memory.count_bytes(arrays.base)}
+        return held | {"read": 0 if arrays.frozen else sharding.count_device_bytes(arrays.base)}
     if name == "step":
-        kept = memory.count_bytes(arrays.kept) if sampled else 0
+        kept = sharding.count_device_bytes(arrays.kept) if sampled else 0
         return held | {"sampler's weights": kept}
     held["sampler's weights"] = memory.count_sampler_weights(frame, arrays)
     if name == "hand-over":
@@ -305,7 +305,7 @@ class _Compiler(NamedTuple):
         self.run.say(f"compiling {name}")
         mesh = self.run.frame.mesh
         lowered = jitted.lower(*args)
-        held = memory.count_bytes(jax.tree.map(lambda x: _with_sharding(x, mesh), args))
+        held = sharding.count_device_bytes(jax.tree.map(lambda x: _with_sharding(x, mesh), args))
         begun = time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -442,7 +442,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     except MemoryError as error:
         # The compiler's error is the cause of the sampler's error.
         cause = error.__cause__ or error.__context__ or error
-        held = memory.count_bytes(job.constants)
+        held = sharding.count_device_bytes(job.constants)
         compiler.programs.append(failed_program(f"sampler of {section}", held, cause))
         programs = ()
     for program in programs:
@@ -452,7 +452,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
         if program.name.startswith("prefill"):
             # The rows of one prefill wait for slots while the next prefill runs.
             rows = max(rows, 2 * cost.outputs)
-    return {"prompts' keys": rows, "examples' keys": memory.count_bytes(prefix)}
+    return {"prompts' keys": rows, "examples' keys": sharding.count_device_bytes(prefix)}
 
 
 def _compile_prefix(
@@ -485,7 +485,10 @@ def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, i
     jitted = builders.build_step(frame, decoder, tx, options, arrays.state)
     args = (arrays.state, arrays.frozen, batch, prefix, kvs, factor)
     compiler("training step", jitted, *args, loop_turns=_count_step_loop_turns(frame, batch))
-    return {"batch": memory.count_bytes(batch), "examples' keys": memory.count_bytes(kvs)}
+    return {
+        "batch": sharding.count_device_bytes(batch),
+        "examples' keys": sharding.count_device_bytes(kvs),
+    }
 
 
 def _count_step_loop_turns(frame: run_plan.ProgramPlan, batch: layout.Batch) -> int:

@@ -116,12 +116,12 @@ def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
     else:
         setting = SLOTS[phase.name]
         section, _, key = setting.partition(".")
-        now = _round_to_shards(config[section][key], shards)
+        now = _round_proposed_slots(config[section][key], shards)
         # If there were more slots than completions in a step, the extra slots would stay empty.
         evaluates = phase.name == "evaluation"
-        most = MOST_SLOTS * shards if evaluates else _round_to_shards(completions, shards)
+        most = MOST_SLOTS * shards if evaluates else _round_proposed_slots(completions, shards)
         choices = range(shards, most + 1, shards)
-        second = _halve(now, shards)
+        second = _propose_other_slots(now, shards)
     # No second size is needed if the phase fits at the largest useful size, or fails at the
     # smallest size.
     at_end = now >= choices[-1] if phase.fits(run.usable) else now == choices[0]
@@ -143,7 +143,7 @@ def _list_micro_batch_sizes(
     return "train.micro_tokens", each * sample, range(sample, most * sample + 1, sample)
 
 
-def _round_to_shards(number: int, multiple: int) -> int:
+def _round_proposed_slots(number: int, multiple: int) -> int:
     return max(1, -(-number // multiple)) * multiple
 
 
@@ -161,7 +161,7 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
             return 0
         phase = _compile_again(run, phase.name, {sizes.setting: slots}, proposals)
         shards = sizes.choices[0]
-        sizes = sizes._replace(now=slots, second=_halve(slots, shards))
+        sizes = sizes._replace(now=slots, second=_propose_other_slots(slots, shards))
     if not sizes.second:
         return sizes.choices[-1] if phase.fits(usable) else 0
     other = _compile_again(run, phase.name, {sizes.setting: sizes.second}, proposals)
@@ -172,8 +172,8 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
     return find_below(sizes.choices, line, usable)
 
 
-def _halve(slots: int, shards: int) -> int:
-    return _round_to_shards(slots // 2, shards) if slots > shards else 2 * shards
+def _propose_other_slots(slots: int, shards: int) -> int:
+    return _round_proposed_slots(slots // 2, shards) if slots > shards else 2 * shards
 
 
 def find_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:

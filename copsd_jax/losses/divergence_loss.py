@@ -80,7 +80,7 @@ def resolve_implementation(
       ValueError: the name is unknown, or pallas cannot run; the message states the reason.
     """
     if implementation not in CHOICES:
-        raise _unknown(implementation, CHOICES)
+        raise _refuse_loss_implementation(implementation, CHOICES)
     reason = ""
     if platform not in ("gpu", "tpu"):
         reason = f"its kernels need gpu or tpu, and the mesh is {platform}"
@@ -189,7 +189,7 @@ def _widen(inputs: TokenInputs, hidden_TD: jax.Array) -> TokenInputs:
     return TokenInputs(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, dtype), others))
 
 
-def _unknown(implementation: str, choices: Sequence[str]) -> ValueError:
+def _refuse_loss_implementation(implementation: str, choices: Sequence[str]) -> ValueError:
     return ValueError(f"implementation is {implementation!r}: the choices are {', '.join(choices)}")
 
 
@@ -197,7 +197,7 @@ def _check_loss_arguments(
     options: SweepOptions, choices: Sequence[str], hidden: Sequence, per_token: Sequence
 ) -> None:
     if options.implementation not in choices:
-        raise _unknown(options.implementation, choices)
+        raise _refuse_loss_implementation(options.implementation, choices)
     if options.chunk < 1:
         raise ValueError(f"chunk is {options.chunk}: it must be at least 1")
     shapes = [x.shape for x in per_token if x is not None]

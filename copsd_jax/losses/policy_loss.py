@@ -56,13 +56,13 @@ def compute_advantages(
         raise ValueError(f"scale is {scale!r}: the choices are {SCALES}")
     out_B = np.zeros(len(rewards_B))
     for rewards, rows in _split_policy_groups(rewards_B, groups_B):
-        if _differ(rewards):
+        if _differ_in_policy_group(rewards):
             divisor = np.std(rewards, ddof=1) + eps if scale == "std" else 1.0
             out_B[rows] = (rewards - np.mean(rewards)) / divisor
     return out_B
 
 
-def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
+def find_groups_with_advantages(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
     """Returns bool [B]: for each completion, whether the rewards in its group differ.
 
     If all rewards in a group are equal, all advantages in the group are 0.
@@ -72,11 +72,11 @@ def find_informative(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
     """
     out_B = np.zeros(len(rewards_B), bool)
     for rewards, rows in _split_policy_groups(rewards_B, groups_B):
-        out_B[rows] = _differ(rewards)
+        out_B[rows] = _differ_in_policy_group(rewards)
     return out_B
 
 
-def _differ(rewards: np.ndarray) -> bool:
+def _differ_in_policy_group(rewards: np.ndarray) -> bool:
     return bool(np.max(rewards) > np.min(rewards))
 
 

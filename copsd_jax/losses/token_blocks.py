@@ -217,7 +217,7 @@ def walk(
         start = i * count
         at = jax.lax.dynamic_slice_in_dim(order_T, start, count)
         here = start + jnp.arange(count, dtype=jnp.int32) < live
-        per_row, more = work(mask_rows(here, _take(rows, at)))
+        per_row, more = work(mask_rows(here, _take_token_rows(rows, at)))
         update = jax.lax.dynamic_update_slice_in_dim
         packed = jax.tree.map(lambda every, new: update(every, new, start, 0), packed, per_row)
         return packed, None if total is None else total + more
@@ -225,10 +225,10 @@ def walk(
     blocks_live = (live + (count - 1)) // count
     packed, total = jax.lax.fori_loop(jnp.int32(0), blocks_live, block, (packed, total))
     place_T = jnp.maximum(jnp.cumsum(live_T, dtype=jnp.int32) - 1, 0)
-    return mask_rows(live_T, _take(packed, place_T)), total
+    return mask_rows(live_T, _take_token_rows(packed, place_T)), total
 
 
-def _take(tree: Tree, at: jax.Array) -> Tree:
+def _take_token_rows(tree: Tree, at: jax.Array) -> Tree:
     """Returns the rows with indices `at` from arrays [T, ...]; the indices must be in bounds."""
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), tree)
 

@@ -106,7 +106,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
     todo = [i for i, written in enumerate(out) if written is None]
     wanted = [prompt for prompt in (made[i] for i in todo) if prompt is not None]
     ids, samples = [asked[i].attempt.row.id for i in todo], [asked[i].sample for i in todo]
-    keys = request.derive_keys(c.seed, "author", step, ids, samples)
+    keys = request.derive_sampling_keys(c.seed, "author", step, ids, samples)
     done = loaded_run.sample(r, policy, wanted, "author", keys).completions if todo else []
     for i, prompt, completion in zip(todo, wanted, done, strict=True):
         text = prompts.restore_think_tag(prompt, loaded_run.decode_completion(r, completion.ids))

@@ -38,13 +38,13 @@ from copsd_jax.methods import authors, grpo
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import contexts, groups, prompts, replies, token_selection
 from copsd_jax.training import layout, loaded_run, prompt_lengths, rollout_records, rollouts
-from copsd_jax.training.rollouts import Rollouts, StepInputs
+from copsd_jax.training.rollouts import Rollouts, TrainStepInputs
 from copsd_jax.training.train_step import State
 
 
 def make_batch(
     r: loaded_run.LoadedRun, state: State, rows: list[problem_row.Row], step: int
-) -> StepInputs:
+) -> TrainStepInputs:
     """Samples and grades rollouts, lets the author write contexts, and lays out both sides.
 
     Args:
@@ -74,12 +74,12 @@ def make_batch(
         batch = grpo.add_group_advantages(c, done, batch, c.policy.route == "successes")
     records = rollout_records.build_records(r, done)
     for i, record in enumerate(records):
-        record |= _describe_distillation(told[i], written[i], found[i], views[i], wanted[i])
+        record |= _describe_distill_context(told[i], written[i], found[i], views[i], wanted[i])
         if told[i]:
             shown = contexts.join_privileged_text(r.plan.context, views[i], written[i])
             record["privileged_text"] = shown
     probe = r.plan.teacher.build_shortest(done.rows[0])
-    prefixes = rollouts.encode_prefixes(r, state, done.asked[0], probe)
+    prefixes = rollouts.encode_training_prefixes(r, state, done.asked[0], probe)
     metrics = {
         **rollout_records.measure_rollouts(records, done.sampler),
         "overlong_teacher_prompts": float(overlong),
@@ -87,14 +87,14 @@ def make_batch(
         "filtered": float(wanted.count(False)),
         **_count_distill_statuses(r, records),
     }
-    return StepInputs(batch, *prefixes, records, metrics)
+    return TrainStepInputs(batch, *prefixes, records, metrics)
 
 
 def _choose_distilled(c, done: Rollouts) -> list[bool]:
     """Decides for each completion, before contexts are written, whether to distill it."""
     wanted = np.array([not completion.dropped for completion in done.completions])
     if c.context.filter_groups:
-        wanted &= policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
+        wanted &= policy_loss.find_groups_with_advantages(done.rewards(), np.asarray(done.groups))
     if c.context.correct == "skip" or c.policy.route == "successes":
         wanted &= ~np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     return wanted.tolist()
@@ -172,7 +172,7 @@ def _build_distill_batch(done: Rollouts, told: list[prompts.Prompt | None], mask
     return batch._replace(loss_BC=layout.pad_rows(masks, C, bool), logp_rollout_BC=logps_BC)
 
 
-def _describe_distillation(
+def _describe_distill_context(
     told, reply: replies.Reply, found: str, view: contexts.Attempt, wanted: bool
 ) -> dict:
     """Returns the fields of a record that describe the completion's context."""
@@ -193,7 +193,7 @@ def _count_distill_statuses(r: loaded_run.LoadedRun, records: list[dict]) -> dic
     For each completion, a shortened section is counted once, even if it was cut in the prompts of
     both the author and the teacher.
     """
-    out, count = {}, rollout_records.count_statuses
+    out, count = {}, rollout_records.count_rollout_statuses
     if "reply" in contexts.list_inputs(r.plan.context):
         out |= count("reply", [record["reply_status"] for record in records], ["ok"])
         out["leaked"] = float(sum(record["leaked"] for record in records))

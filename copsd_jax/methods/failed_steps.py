@@ -25,21 +25,23 @@ _LOST = {
 }
 
 
-def find_loss(status: str, detail: str) -> str:
+def find_failure_cause(status: str, detail: str) -> str:
     """Returns how a sample of an evaluation was lost, from its fields; "" if it was not lost."""
     return status if status in _LOST else "unrewarded" if detail else ""
 
 
-def is_most(lost: int, total: int) -> bool:
+def is_majority_lost(lost: int, total: int) -> bool:
     """Returns whether so many completions were lost that the others do not count either."""
     return 2 * lost > total
 
 
-def describe_lost(loss: str, details: Sequence[str], total: int, noun: str = "completions") -> str:
+def describe_lost_completions(
+    loss: str, details: Sequence[str], total: int, noun: str = "completions"
+) -> str:
     """Describes lost completions, such as "2 of 8 completions failed, the first: HTTP 500".
 
     Args:
-      loss: how the completions were lost; see `find_loss`.
+      loss: how the completions were lost; see `find_failure_cause`.
       details: the reason for each lost completion; "" if there is no more to say.
       total: the number of completions, lost or not.
       noun: the word for the completions.
@@ -50,7 +52,7 @@ def describe_lost(loss: str, details: Sequence[str], total: int, noun: str = "co
 
 def loses_most_logits(records: Sequence[dict]) -> bool:
     """Returns whether the logits of more than half of the completions were not finite."""
-    return is_most(sum(x["finish"] == "nonfinite" for x in records), len(records))
+    return is_majority_lost(sum(x["finish"] == "nonfinite" for x in records), len(records))
 
 
 def drop_failed_loss(
@@ -89,17 +91,17 @@ def drop_failed_loss(
 
 def _find_lost_completions(records: Sequence[dict]) -> bad_steps.Failure | None:
     lost = [record["finish_detail"] for record in records if record["finish"] == "failed"]
-    if not is_most(len(lost), len(records)):
+    if not is_majority_lost(len(lost), len(records)):
         return None
-    return bad_steps.Failure(describe_lost("failed", lost, len(records)))
+    return bad_steps.Failure(describe_lost_completions("failed", lost, len(records)))
 
 
 def _find_lost_rewards(records: Sequence[dict]) -> bad_steps.Failure | None:
     lost = list_lost_rewards(records)
     graded = len(lost) + sum(x.get("correct") is not None for x in records)
-    if not is_most(len(lost), graded):
+    if not is_majority_lost(len(lost), graded):
         return None
-    return bad_steps.Failure(describe_lost("unrewarded", lost, graded))
+    return bad_steps.Failure(describe_lost_completions("unrewarded", lost, graded))
 
 
 def list_lost_rewards(records: Sequence[dict]) -> list[str]:

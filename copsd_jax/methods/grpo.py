@@ -26,12 +26,12 @@ import numpy as np
 from copsd_jax.losses import policy_loss
 from copsd_jax.problems import problem_row
 from copsd_jax.training import layout, loaded_run, rollout_records, rollouts, train_step
-from copsd_jax.training.rollouts import Rollouts, StepInputs
+from copsd_jax.training.rollouts import Rollouts, TrainStepInputs
 
 
 def make_batch(
     r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
-) -> StepInputs:
+) -> TrainStepInputs:
     """Samples and grades rollouts, computes their advantages, and lays out the student's side.
 
     Completions of a row without a gold answer are not graded, so their rewards and advantages are
@@ -56,11 +56,11 @@ def make_batch(
     records = rollout_records.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
-    informative = policy_loss.find_informative(done.rewards(), np.asarray(done.groups))
+    informative = policy_loss.find_groups_with_advantages(done.rewards(), np.asarray(done.groups))
     metrics = rollout_records.measure_rollouts(records, done.sampler)
     metrics["informative"] = float(informative.mean())
-    prefixes = rollouts.encode_prefixes(r, state, done.asked[0], None)
-    return StepInputs(batch, *prefixes, records, metrics)
+    prefixes = rollouts.encode_training_prefixes(r, state, done.asked[0], None)
+    return TrainStepInputs(batch, *prefixes, records, metrics)
 
 
 def add_group_advantages(
@@ -84,7 +84,7 @@ def add_group_advantages(
     success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     kept_B = success_B if successes_only else groups_B >= 0  # below 0, the reward is unknown
     if c.context.filter_groups:
-        kept_B = kept_B & policy_loss.find_informative(rewards_B, groups_B)
+        kept_B = kept_B & policy_loss.find_groups_with_advantages(rewards_B, groups_B)
     C = batch.mask_BC.shape[1]
     return batch._replace(
         policy_BC=batch.mask_BC & kept_B[:, None],

@@ -19,12 +19,12 @@ import numpy as np
 from copsd_jax.problems import problem_row
 from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollout_records, rollouts, train_step
-from copsd_jax.training.rollouts import StepInputs
+from copsd_jax.training.rollouts import TrainStepInputs
 
 
 def make_batch(
     r: loaded_run.LoadedRun, state: train_step.State, rows: list[problem_row.Row], step: int
-) -> StepInputs:
+) -> TrainStepInputs:
     """Encodes prompts and solutions, and lays them out; nothing is sampled.
 
     Args:
@@ -55,4 +55,6 @@ def make_batch(
         for row, prompt, target in zip(rows, asked, targets, strict=True)
     ]  # fmt: skip
     metrics = {"completion_tokens": rollout_records.mean([len(target) for target in targets])}
-    return StepInputs(batch, *rollouts.encode_prefixes(r, state, asked[0], None), records, metrics)
+    return TrainStepInputs(
+        batch, *rollouts.encode_training_prefixes(r, state, asked[0], None), records, metrics
+    )

@@ -1,5 +1,6 @@
 """Metric files: metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,12 +9,12 @@ import reprlib
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from copsd_jax.runtime import storage
+from copsd_jax.runtime import processes, storage
 
 
 class Writer:
@@ -51,7 +52,7 @@ class Writer:
                 )
             storage.write_whole(self.path, [line + b"\n" for line in lines[: len(kept)]])
         if absent := sorted(set(range(1, resume)) - {row["step"] for row in kept}):
-            self.repairs.append(f"{self.path} has no line for {_spell_steps(absent)}")
+            self.repairs.append(f"{self.path} has no line for {_spell_metric_steps(absent)}")
         self._file = storage.Appender(self.path)
         self._folder = folder / "tensorboard"
         rebuilt = kept or self._folder.exists()
@@ -106,7 +107,7 @@ def count_updates(workdir: str | os.PathLike, steps: int) -> int:
     return steps - len(idle)
 
 
-def count_failed(workdir: str | os.PathLike, steps: int) -> int:
+def count_failed_metric_lines(workdir: str | os.PathLike, steps: int) -> int:
     """Returns how many of the first `steps` steps were skipped, because they failed."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = _read(path)[0] if path.exists() else []
@@ -131,7 +132,7 @@ def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
 def _read(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
     """Returns the rows and the lines of metrics.jsonl, as `storage.read_lines` does."""
     rows, lines = storage.read_lines(path, {"step": int})
-    storage.check_order(path, rows, strict=True)
+    storage.check_stored_step_order(path, rows, strict=True)
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             small = type(value) is float or (type(value) is int and abs(value) < 2**63)
@@ -141,7 +142,7 @@ def _read(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
     return rows, lines
 
 
-def _spell_steps(steps: list[int]) -> str:
+def _spell_metric_steps(steps: list[int]) -> str:
     """Returns ascending steps as words: "steps 1 to 3, 7"."""
     ranges: list[list[int]] = []
     for step in steps:
@@ -222,3 +223,17 @@ def _compute_checksums(texts: Sequence[bytes]) -> list[bytes]:
     crc_B = ~crc_B
     masked_B = (crc_B >> 15 | crc_B << 17) + np.uint32(0xA282EAD8)
     return [struct.pack("<I", value) for value in masked_B]
+
+
+@contextlib.contextmanager
+def open_metric_writer(
+    directory: pathlib.Path, first: int
+) -> Iterator[Callable[[int, Mapping], None]]:
+    """Yields a function that writes (step, metrics) to files; only the leading process writes."""
+    if not processes.is_leader():
+        yield lambda step, values: None
+        return
+    with Writer(directory, resume=first + 1) as writer:
+        for repair in writer.repairs:
+            print(repair, flush=True)
+        yield writer.write

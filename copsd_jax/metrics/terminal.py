@@ -126,7 +126,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     Raises:
       ValueError: if a row has more or fewer cells than there are headers.
     """
-    spell = lambda cell: streams.escape(str(cell)).replace("\n", r"\n").replace("\t", r"\t")  # noqa: E731
+
+    def spell(cell: object) -> str:
+        return streams.escape_stream_text(str(cell)).replace("\n", r"\n").replace("\t", r"\t")
+
     lines = [[spell(cell) for cell in row] for row in (headers, *rows)]
     for row in lines:
         if len(row) != len(headers):

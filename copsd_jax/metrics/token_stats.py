@@ -132,7 +132,7 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
-def _split_overlap_words(text: str) -> list[str]:
+def _split_metric_words(text: str) -> list[str]:
     """Splits a text into case-folded words of letters, marks and numbers."""
     text = unicodedata.normalize("NFC", text).casefold()
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
@@ -148,7 +148,7 @@ def overlap(completion: str, privileged: str, n: int = 3) -> float:
     n-grams of the problem, so compare the share in a step with the shares in other steps, not with
     0.
     """
-    theirs, ours = _split_overlap_words(privileged), _split_overlap_words(completion)
+    theirs, ours = _split_metric_words(privileged), _split_metric_words(completion)
     known = {tuple(theirs[i : i + n]) for i in range(len(theirs) - n + 1)}
     grams = [tuple(ours[i : i + n]) for i in range(len(ours) - n + 1)]
     return sum(gram in known for gram in grams) / len(grams) if grams else 0.0

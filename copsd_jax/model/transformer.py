@@ -3,8 +3,8 @@
 The decoder takes a tuple of streams. A stream contains tokens, their positions and their segments.
 A stream may also contain an adapter, a shared prefix or a cache. Each layer processes all streams,
 so that student and teacher share one pass over the weights. The decoder returns hidden states. The
-head is separate (`get_head`, `compute_logits`), because losses and the sampler need logits only at
-some positions.
+head is separate (`get_head`, `compute_model_logits`), because losses and the sampler need logits
+only at some positions.
 
 Letters in array names: B sequences, L tokens per sequence, S keys per sequence, V vocabulary size,
 D width, N query heads, K key heads, M = N/K queries per key head, H head size, J decode slots, P
@@ -504,7 +504,7 @@ def get_head(params: dict) -> jax.Array:
     return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"]
 
 
-def compute_logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+def compute_model_logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Computes the logits, float32 [..., V], of hidden states [..., D].
 
     For the products, the head is cast to the dtype of the hidden states; sums are in float32.

@@ -42,13 +42,13 @@ class Unread(NamedTuple):
     type: str
 
 
-def describe_error(error: BaseException) -> str:
+def _describe_record_error(error: BaseException) -> str:
     """Describes an error of another library in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"
 
 
-def list_names(names: Iterable[object]) -> str:
+def list_record_fields(names: Iterable[object]) -> str:
     """Lists names of fields on one line; a long list is shortened."""
     every = [str(name) if str(name).isprintable() else repr(name) for name in names]
     return ", ".join([name[:60] for name in every[:20]] + (["…"] if len(every) > 20 else []))
@@ -117,7 +117,7 @@ def _read_json(path: str, raw: bytes) -> list[Record]:
             try:
                 out.append(_record(path, f"line {line}", _parse_json(path, line, content)))
             except ValueError:
-                if not out and "\n" in text.strip() and _is_json_object(text):
+                if not out and "\n" in text.strip() and _is_json_record(text):
                     raise ValueError(
                         f"{path}: the file is one JSON object over several lines; write a JSON "
                         "list of objects, or one object per line"
@@ -149,7 +149,7 @@ def _parse_json(path: str, line: int, text: str, whole: bool = False) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _is_json_object(text: str) -> bool:
+def _is_json_record(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -218,7 +218,7 @@ def _read_parquet(path: str, raw: bytes) -> list[Record]:
     try:
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = describe_error(error)
+        reason = _describe_record_error(error)
         raise ValueError(f"{path}: not a parquet file that can be read ({reason})") from error
     twice = [name for name, n in collections.Counter(table.column_names).items() if n > 1]
     if twice:
@@ -275,7 +275,7 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
         splits, file_format = list(builder.info.splits), builder.info.file_format
     # TFDS, protobuf and ArrayRecord raise errors of many types about damaged files.
     except Exception as error:
-        raise _refuse_folder(setting, path, folder, error) from error
+        raise _refuse_record_folder(setting, path, folder, error) from error
     if split.partition("[")[0] not in splits:
         choices = ", ".join(splits)
         raise ValueError(f"{setting} is {path!r}: no split {split!r}; the choices are {choices}")
@@ -290,7 +290,7 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
         source: Any = builder.as_data_source  # a decorator hides all arguments from type checkers
         return [read_example(k, example) for k, example in enumerate(source(split), start=1)]
     except Exception as error:
-        raise _refuse_folder(setting, path, folder, error) from error
+        raise _refuse_record_folder(setting, path, folder, error) from error
 
 
 def _check_shards(split: Any) -> None:
@@ -303,8 +303,10 @@ def _check_shards(split: Any) -> None:
             raise ValueError(f"{file} has {found} of {count} records")
 
 
-def _refuse_folder(setting: str, path: str, folder: pathlib.Path, error: Exception) -> ValueError:
-    reason = f"{type(error).__name__}: {describe_error(error)}"
+def _refuse_record_folder(
+    setting: str, path: str, folder: pathlib.Path, error: Exception
+) -> ValueError:
+    reason = f"{type(error).__name__}: {_describe_record_error(error)}"
     return ValueError(f"{setting} is {path!r}: {folder} cannot be read ({reason})")
 
 

@@ -61,7 +61,7 @@ def rename_fields(
         if sum(ours == name for name, _ in pairs) > 1:
             raise ValueError(f"{setting} is {fields!r}: {ours!r} occurs twice")
         if records and not any(theirs in record.fields for record in records):
-            have = record_files.list_names(records[0].fields)
+            have = record_files.list_record_fields(records[0].fields)
             raise ValueError(f"{setting} is {fields!r}: {path} has no {theirs!r}; it has {have}")
     out = []
     for where, found in records:
@@ -76,7 +76,7 @@ def is_blank(value: object) -> bool:
     return value is None or (isinstance(value, str | bytes) and not value.strip())
 
 
-def convert_to_text(name: str, value: object) -> str:
+def convert_problem_field(name: str, value: object) -> str:
     """Converts a field's value to text in NFC without surrounding blanks.
 
     An answer may also be a list of tool calls, each with an `Action`; its text is JSON.
@@ -91,7 +91,7 @@ def convert_to_text(name: str, value: object) -> str:
             raise UnusableValue(f"{name} is not UTF-8") from error
     if is_blank(value):
         raise UnusableValue(f"{name} is {'empty' if isinstance(value, str) else 'missing'}")
-    if name in _ANSWERS and _are_calls(value):
+    if name in _ANSWERS and _is_record_call_list(value):
         value = json.dumps(value, ensure_ascii=False, default=_spell_other)
     if isinstance(value, int | float | np.number | decimal.Decimal) and not isinstance(value, bool):
         value = _spell_number(name, value)
@@ -104,7 +104,7 @@ def convert_to_text(name: str, value: object) -> str:
     return unicodedata.normalize("NFC", value.strip())
 
 
-def _are_calls(value: object) -> bool:
+def _is_record_call_list(value: object) -> bool:
     """Returns whether a value is a list of tool calls, as in ToolAlpaca."""
     return (
         isinstance(value, list)
@@ -137,7 +137,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
     present = [name for name in names if name in record.fields]
     filled = [name for name in present if not is_blank(record.fields[name])]
     for name in (*filled, *present):
-        return convert_to_text(name, record.fields[name])
+        return convert_problem_field(name, record.fields[name])
     raise UnusableValue(f"{names[0]} is missing")
 
 
@@ -189,14 +189,14 @@ def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str
 
 def _check_options(record: Record, problem: str) -> None:
     """Refuses a multiple choice whose options the problem does not show."""
-    shown = _fold_blanks(problem)
+    shown = _fold_problem_text(problem)
     for name in _OPTIONS:
         options = _list_options(name, record.fields.get(name))
-        if not all(_fold_blanks(option) in shown for option in options):
+        if not all(_fold_problem_text(option) in shown for option in options):
             raise UnusableValue(f"the problem does not show the options of the field {name!r}")
 
 
-def _fold_blanks(text: str) -> str:
+def _fold_problem_text(text: str) -> str:
     """Returns a text in lower case, because True may be written "true", with single blanks."""
     return " ".join(text.casefold().split())
 
@@ -211,7 +211,7 @@ def _list_options(name: str, value: Any) -> Iterator[str]:
         elif isinstance(item, list | np.ndarray):
             pending += item if isinstance(item, list) else item.ravel().tolist()
         elif not is_blank(item):
-            yield convert_to_text(name, str(item) if isinstance(item, bool) else item)
+            yield convert_problem_field(name, str(item) if isinstance(item, bool) else item)
 
 
 def _build_row(
@@ -239,7 +239,7 @@ def _list_ids(path: str, records: Sequence[Record]) -> list[str]:
         key = f"row{k}"
         if not is_blank(value := record.fields.get("id")):
             try:
-                key = convert_to_text("id", value)
+                key = convert_problem_field("id", value)
             except UnusableValue as reason:
                 raise ValueError(f"{path}, {record.where}: {reason}") from reason
         if key in seen:
@@ -320,7 +320,7 @@ def _refuse_unusable(
     total = kept + sum(dropped.values())
     advice = "data.missing=drop leaves such rows out" if kept else "no row is left"
     if reason.endswith(" is missing"):
-        have = record_files.list_names(first[reason].fields) or "nothing"
+        have = record_files.list_record_fields(first[reason].fields) or "nothing"
         advice += f"; the record has {have}, and {setting} can map names"
     raise ValueError(
         f"{path}, {first[reason].where}: {reason} (unusable rows, of {total}: {more}; {advice})"

@@ -213,14 +213,14 @@ def prepare_formula(text: str, policy: str) -> tuple[str, frozenset[str]]:
         value = quantity.compute_value(comma=False)
         if quantity.scale == 1 or value is None:
             return quantity.number, quantity.units
-        return _write_fraction(value), quantity.units
+        return _format_answer_fraction(value), quantity.units
     body, stated = units.split_unit(folded)
     if "percent" in stated:
         return folded.replace("%", "\\%"), frozenset()
     return body, stated
 
 
-def _write_fraction(value: fractions.Fraction) -> str:
+def _format_answer_fraction(value: fractions.Fraction) -> str:
     if value.denominator == 1:
         return str(value.numerator)
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"

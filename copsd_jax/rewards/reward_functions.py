@@ -214,12 +214,12 @@ _FENCE = re.compile(r"\s*(?:```\w*\s*)?")  # the JSON may be in a code block of 
 _Calls = tuple[collections.Counter[str], dict[str, str]]
 
 
-def _read_decimal(digits: str) -> int | float:
+def _read_answer_number(digits: str) -> int | float:
     value = float(digits)
     return int(value) if value.is_integer() else value  # 1.0 and 1 are the same number
 
 
-_DECODER = json.JSONDecoder(parse_float=_read_decimal)
+_DECODER = json.JSONDecoder(parse_float=_read_answer_number)
 _write_json = functools.partial(json.dumps, sort_keys=True, ensure_ascii=False)
 
 
@@ -303,7 +303,7 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 # ---- a function named in the config ----------------------------------------------------------
 
 
-def is_user_error(error: BaseException) -> bool:
+def is_reward_function_error(error: BaseException) -> bool:
     """Returns whether a user's module or function raised an exception, and not a signal.
 
     In a run, signals raise no KeyboardInterrupt. `signals.Stopped` must end the step.
@@ -329,7 +329,7 @@ def import_function(kind: str) -> Callable | None:
         function: Any = getattr(importlib.import_module(module_name), name)
         inspect.signature(function).bind("gold", "text")
     except BaseException as error:
-        if not is_user_error(error):
+        if not is_reward_function_error(error):
             raise
         raise ValueError(
             f"reward.kind is {kind!r}: the choices are {', '.join(REWARDS)}, or module:function, "
@@ -343,7 +343,7 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
     try:
         result = function(gold, text)
     except BaseException as error:
-        if isinstance(error, MemoryError) or not is_user_error(error):
+        if isinstance(error, MemoryError) or not is_reward_function_error(error):
             raise  # a lack of memory is a fault of the machine
         detail = "".join(traceback.format_exception_only(error))
         return _lack_reward(f"raised:{type(error).__name__}", detail)

@@ -292,7 +292,7 @@ class Checkpoints:
         """Gives a complete checkpoint its manifest and its name, and removes old checkpoints."""
         final = self._directory / str(step)
         with storage.explain(final):
-            manifest.write(part)
+            manifest.write_manifest(part)
             if final.exists():
                 storage.remove(final)
             part.rename(final)
@@ -393,7 +393,7 @@ def write_state(path: pathlib.Path, state: Any) -> None:
                 overwrite=True,
                 custom_metadata={"shapes": _shapes(state), _MARK: manifest.FORMAT},
             )
-        processes.run_on_leader(lambda: manifest.write(path))
+        processes.run_on_leader(lambda: manifest.write_manifest(path))
     except Exception as error:  # Orbax reports a full disk by several types
         raise storage.StorageError(f"{path} cannot be written ({_first_line(error)})") from error
 

@@ -89,10 +89,10 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
         return Continuation(False, {}, {}, [])
     if not any((directory / name).is_file() for name in ("config.json", "run.json")):
         raise ValueError(f"--workdir={directory} has files but no config.json: no run began there")
-    today = workdir.listed(config_lib.flat(config_lib.default()))
-    begun = today | config_lib.FORMER_DEFAULTS | read_first_fact(directory, "defaults", {})
+    today = workdir.convert_to_json(config_lib.flat(config_lib.default()))
+    begun = today | config_lib.FORMER_DEFAULTS | read_fact_of_first_start(directory, "defaults", {})
     # If a setting was added to the program after the run began, the run used the default value.
-    old, new = begun | workdir.read_settings(directory), workdir.listed(settings)
+    old, new = begun | workdir.read_settings(directory), workdir.convert_to_json(settings)
     taken, differing, notes = {}, {}, []
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)
@@ -119,7 +119,7 @@ def _is_newest_checkpoint(name: str, was: Any, now: Any) -> Any:
 def choose_date(directory: pathlib.Path) -> str:
     """Returns the date of a run's first start; today, if the run has not started yet."""
     today = processes.run_on_leader(lambda: datetime.date.today().isoformat())
-    return read_first_fact(directory, "time", today)[: len(today)]
+    return read_fact_of_first_start(directory, "time", today)[: len(today)]
 
 
 def _refuse_changes(
@@ -171,7 +171,7 @@ def _read_starts(directory: pathlib.Path) -> list[dict]:
         raise ValueError(f"{error}: {advice}") from error
 
 
-def read_first_fact(directory: pathlib.Path, name: str, otherwise: Any) -> Any:
+def read_fact_of_first_start(directory: pathlib.Path, name: str, otherwise: Any) -> Any:
     """Returns the value that the first start with a fact recorded, or `otherwise`."""
     found = (start[name] for start in _read_starts(directory) if name in start)
     return next(found, otherwise)
@@ -208,7 +208,7 @@ def compare_facts(
             # The problems of the evaluation may change, together with eval.limit.
             was = facts[name] if "eval.limit" in changed else starts[-1].get(name, facts[name])
         else:
-            was = read_first_fact(directory, name, facts[name])
+            was = read_fact_of_first_start(directory, name, facts[name])
         different += _describe_changes({name: was}, {name: facts[name]})
     for kind, now in facts.get("identity", {}).items():
         was = next((s["identity"][kind] for s in starts if kind in s.get("identity", {})), now)
@@ -221,7 +221,7 @@ def compare_facts(
             f"--workdir={directory} was begun with other files or environment settings "
             f"({'; '.join(different)}): choose another directory, or restore the former state"
         )
-    return _report_versions(starts[-1], facts)
+    return _report_changed_versions(starts[-1], facts)
 
 
 def _describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -238,7 +238,7 @@ def _describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     ]
 
 
-def _report_versions(last: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+def _report_changed_versions(last: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     both = [
         {
             **start.get("versions", {}),
@@ -256,7 +256,7 @@ def _report_versions(last: Mapping[str, Any], facts: Mapping[str, Any]) -> list[
     return [f"different from the last start: {'; '.join(differing)}"] if differing else []
 
 
-def collect_environment() -> dict[str, Any]:
+def collect_run_environment() -> dict[str, Any]:
     """Returns versions, the commit of the code, and flags of XLA; changes of these are reported."""
     flags = os.environ.get("XLA_FLAGS", "")
     return {"versions": workdir.list_versions(), "commit": workdir.read_commit(), "xla": flags}

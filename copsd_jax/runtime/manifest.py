@@ -16,7 +16,7 @@ FORMAT = 1
 _THREADS = 4  # hashing releases Python's lock
 
 
-def write(folder: pathlib.Path) -> None:
+def write_manifest(folder: pathlib.Path) -> None:
     """Writes the manifest of a complete folder, and flushes all its files to the disk.
 
     Raises:

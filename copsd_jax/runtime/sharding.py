@@ -382,3 +382,9 @@ def to_abstract(tree: Any, mesh: Mesh, places: Any) -> Any:
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
     )
+
+
+def count_device_bytes(tree: Any) -> int:
+    """Returns the number of bytes that a tree's arrays occupy on each device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -226,7 +226,7 @@ def check_form(value: Any, form: Any, place: str, name: str = "") -> None:
                 raise ValueError(f"{place} has no {full!r}")
 
 
-def check_order(path: pathlib.Path, rows: list[dict], strict: bool) -> None:
+def check_stored_step_order(path: pathlib.Path, rows: list[dict], strict: bool) -> None:
     """Checks that the field `step` of all rows ascends.
 
     Args:

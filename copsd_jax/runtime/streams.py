@@ -16,7 +16,7 @@ from typing import Any
 _HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f]")
 
 
-def escape(text: str) -> str:
+def escape_stream_text(text: str) -> str:
     r"""Returns a text in which control characters are spelled, such as `\x1b` for an escape.
 
     A text of a model or a data file could otherwise move the cursor, change colours or the window's
@@ -40,7 +40,7 @@ def spell_error(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    text = escape(" ".join(text.splitlines()))
+    text = escape_stream_text(" ".join(text.splitlines()))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         for part in os.environ.get(name, "").split():
             text = text.replace(part, f"[{name}]") if len(part) >= 8 else text
@@ -53,7 +53,7 @@ def write_error(text: str) -> None:
         os.write(2, text.encode())
 
 
-class _Output:
+class _OutputStream:
     """A text stream that drops its output after the pipe behind it has lost its reader."""
 
     def __init__(self, stream: Any):
@@ -88,4 +88,9 @@ class _Output:
 
 def ignore_closed_pipes() -> None:
     """Drops the output to stdout and stderr from now on, once their pipe has no reader."""
-    sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+    sys.stdout, sys.stderr = _OutputStream(sys.stdout), _OutputStream(sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Prints a warning to stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -64,10 +64,10 @@ def measure_progress(workdir: pathlib.Path) -> Progress:
         evaluations = workdir / "eval"
         return Progress(
             max((int(name) for name in names if name.isdecimal()), default=-1),
-            _count_file_lines(metrics) if metrics.is_file() else 0,
+            _count_workdir_lines(metrics) if metrics.is_file() else 0,
             (
                 len(list(evaluations.glob("step_*.json"))),
-                sum(map(_count_file_lines, evaluations.glob("step_*.partial.jsonl"))),
+                sum(map(_count_workdir_lines, evaluations.glob("step_*.partial.jsonl"))),
             ),
         )
 
@@ -106,7 +106,7 @@ def count_try(workdir: pathlib.Path, attempt: int) -> tuple[int, Progress]:
     return tries, now
 
 
-def _count_file_lines(path: pathlib.Path) -> int:
+def _count_workdir_lines(path: pathlib.Path) -> int:
     with path.open("rb") as file:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 

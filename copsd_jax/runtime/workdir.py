@@ -44,11 +44,11 @@ _EVENT = {"step": int, "action": str, "text": str}
 _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collections numpy".split()
 
 
-def listed(value: Any) -> Any:
+def convert_to_json(value: Any) -> Any:
     """Returns a value as JSON gives it back: tuples become lists, inside a dict too."""
     if isinstance(value, Mapping):
-        return {name: listed(item) for name, item in value.items()}
-    return [listed(item) for item in value] if isinstance(value, tuple | list) else value
+        return {name: convert_to_json(item) for name, item in value.items()}
+    return [convert_to_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def check_writable(directory: pathlib.Path, flag: str, value: pathlib.Path | None = None) -> None:
@@ -130,12 +130,12 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
         **facts,
     }
     if not starts:  # a continued run keeps the defaults with which it began
-        start["defaults"] = listed(config_lib.flat(config_lib.default()))
-    if listed(settings) != _find_settings(starts):
-        start["settings"] = listed(settings)
+        start["defaults"] = convert_to_json(config_lib.flat(config_lib.default()))
+    if convert_to_json(settings) != _find_settings(starts):
+        start["settings"] = convert_to_json(settings)
     # A start that is killed between the two files leaves its facts together with its settings.
     write_json(path, {"starts": [*starts, start]})
-    write_json(directory / "config.json", listed(settings))
+    write_json(directory / "config.json", convert_to_json(settings))
 
 
 def _find_settings(starts: list[dict]) -> dict[str, object] | None:
@@ -170,7 +170,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
             advice = "restore this file from a copy" if path.is_file() else "no run began there"
             raise type(error)(f"{error}: {advice}") from error
         print(f"{error}: the settings of the last start are taken from run.json", flush=True)
-    return config_lib.without_retired(settings, f"--workdir={directory}")
+    return config_lib.drop_retired_settings(settings, f"--workdir={directory}")
 
 
 def _check_saved(settings: Mapping[str, object], place: str | pathlib.Path) -> None:
@@ -208,27 +208,25 @@ def read_starts(path: pathlib.Path) -> list[dict]:
 
 def read_all_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run as `read_settings` does; absent ones get a default."""
-    return listed(config_lib.flat(config_lib.default())) | read_settings(directory)
+    return convert_to_json(config_lib.flat(config_lib.default())) | read_settings(directory)
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
     """Writes a JSON file on the leading process alone."""
-    _write_file_on_leader(path, lambda: [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
+    _write_workdir_file(path, lambda: [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> None:
     """Writes a JSON Lines file with one row per line, on the leading process alone."""
-    _write_file_on_leader(
-        path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
+    _write_workdir_file(path, lambda: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _write_file_on_leader(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
+def _write_workdir_file(path: pathlib.Path, make_lines: Callable[[], Iterable[str]]) -> None:
     if processes.is_leader():
         storage.write_whole(path, make_lines())
 
 
-def read_events(directory: pathlib.Path) -> list[dict]:
+def read_workdir_events(directory: pathlib.Path) -> list[dict]:
     """Reads the events in W/events.jsonl; returns [] if the file is missing.
 
     Raises:
@@ -241,7 +239,7 @@ def read_events(directory: pathlib.Path) -> list[dict]:
     events, lines = storage.read_lines(path, _EVENT)
     if lines[-1]:  # the file is always written whole
         raise ValueError(f"{path} line {len(lines)} is incomplete")
-    storage.check_order(path, events, strict=False)
+    storage.check_stored_step_order(path, events, strict=False)
     return events
 
 
@@ -253,7 +251,7 @@ def check_files(directory: pathlib.Path) -> None:
       StorageError: a file cannot be read.
     """
     try:
-        read_events(directory)
+        read_workdir_events(directory)
     except ValueError as error:
         advice = "remove this file, to rebuild it from metrics.jsonl"
         raise ValueError(f"{error}: {advice}") from error
@@ -262,10 +260,10 @@ def check_files(directory: pathlib.Path) -> None:
         try:
             evaluation_files.read_evaluation(path)
         except ValueError as error:
-            raise ValueError(f"{error}: {_advise_to_evaluate(directory, path)}") from error
+            raise ValueError(f"{error}: {_advise_on_damaged_workdir(directory, path)}") from error
 
 
-def _advise_to_evaluate(directory: pathlib.Path, path: pathlib.Path) -> str:
+def _advise_on_damaged_workdir(directory: pathlib.Path, path: pathlib.Path) -> str:
     """Returns what to do about a damaged result of an evaluation."""
     names = [folder.name for folder in (directory / "checkpoints").glob("*")]
     saved, step = [int(name) for name in names if name.isdecimal()], read_step(path)
@@ -327,3 +325,30 @@ def read_commit() -> str:
 def partial_file(file: pathlib.Path) -> pathlib.Path:
     """Returns the file that keeps the completions of an evaluation until `file` is written."""
     return file.with_suffix(".partial.jsonl")
+
+
+def load_run_config(directory: pathlib.Path) -> config_lib.Config:
+    """Loads the config of a work directory, for use on this machine.
+
+    The settings of the mesh and of the attention kernels are reset to their defaults, because
+    results do not depend on these settings.
+
+    Args:
+      directory: the work directory of a run.
+
+    Raises:
+      FileNotFoundError: the directory does not contain a run.
+      ValueError: the run has a setting that this version does not have.
+    """
+    config, saved = config_lib.default(), read_settings(directory)
+    unknown = saved.keys() - config_lib.flat(config).keys()
+    if unknown:
+        raise ValueError(
+            f"--workdir={directory} was written by another version of this program: it has the "
+            f"unknown settings {sorted(unknown)}"
+        )
+    config_lib.assign(config, saved)
+    # The mesh and the kernels of the saved run may not suit this machine.
+    config.mesh.update(config_lib.default().mesh)
+    config.model.attention = config.sampler.attention = "auto"
+    return config

@@ -420,7 +420,7 @@ def _compute_slot_logits(
 ) -> jax.Array:
     """Returns logits [J, V]; CPUs read the head only once if it is the product's left factor."""
     if not head_first:
-        return transformer.compute_logits(hidden_JD, head_VD)
+        return transformer.compute_model_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)
     return jnp.einsum("vd,jd->vj", head_VD, hidden_JD, preferred_element_type=jnp.float32).T
 

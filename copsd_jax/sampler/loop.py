@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import sys
 import time
@@ -100,7 +99,7 @@ def generate(
       policy: the weights and adapter of the model.
       prompts: lists of token ids without the shared prefix; each list has at least one token.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
-      keys: uint32 [n, 2] from `request.derive_keys`, one key per prompt.
+      keys: uint32 [n, 2] from `request.derive_sampling_keys`, one key per prompt.
       settings: the sampler's sizes; the number of slots is rounded up to a multiple of the number
         of batch shards.
       prefix: keys and values of the tokens that all prompts begin with; must be computed by
@@ -439,7 +438,8 @@ def compile_programs(
         programs.append(_decode_program(inputs, state, *args))
         # Two prefill results are counted: one result waits for free slots while the next is
         # computed.
-        temporary = max(program.temporary for program in programs) + 2 * count_device_bytes(output)
+        temporary = max(program.temporary for program in programs)
+        temporary += 2 * sharding.count_device_bytes(output)
         check_memory(inputs, temporary, memory)
     return tuple(programs)
 
@@ -466,15 +466,9 @@ def _count_memory_for_slots(inputs: request.Inputs) -> int:
     return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - _constant_bytes(inputs))
 
 
-def count_device_bytes(tree: Any) -> int:
-    """Returns the number of bytes that a tree's arrays occupy on each device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
 def _constant_bytes(inputs: request.Inputs) -> int:
     """Returns the bytes of weights and prefix per device; `layers` uses no memory of its own."""
-    return count_device_bytes(inputs.constants._replace(layers=None))
+    return sharding.count_device_bytes(inputs.constants._replace(layers=None))
 
 
 def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> None:
@@ -491,7 +485,7 @@ def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> N
     """
     s, cache, held = (
         inputs.settings,
-        count_device_bytes(abstract_state(inputs)),
+        sharding.count_device_bytes(abstract_state(inputs)),
         _constant_bytes(inputs),
     )
     if limit is not None and cache + held + temporary <= limit:

@@ -3,7 +3,7 @@
 Callers create `Vocabulary`, `Sampling` and `SamplerSettings`. `list_texts` checks the arguments
 that all engines share, and converts these arguments to one `Text` per prompt.
 `prepare_sampler_inputs` builds `Inputs`, the read-only inputs of one call of `loop.generate`.
-`derive_keys` returns one random key for each sample.
+`derive_sampling_keys` returns one random key for each sample.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Inputs:
     buckets: tuple[int, ...]  # widths of packed rows, in ascending order
 
 
-def derive_keys(
+def derive_sampling_keys(
     seed: int, purpose: str, step: int, row_ids: Sequence[str], samples: Sequence[int]
 ) -> np.ndarray:
     """Returns one random key for each of n samples.
@@ -158,7 +158,7 @@ def prepare_sampler_inputs(
       policy: the weights and adapter of the model; the arrays are on the mesh or are abstract.
       prompts: token ids without the shared prefix.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
-      keys_n2: uint32, as returned by `derive_keys`.
+      keys_n2: uint32, as returned by `derive_sampling_keys`.
       settings: the sampler's sizes.
       prefix: keys and values of the shared prefix.
       vocabulary: ids that may be drawn, and their bytes; None allows all ids.

@@ -5,6 +5,7 @@ import pathlib
 import threading
 
 from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import streams
 from copsd_jax.servers import client
 
 # The replies to a request for the list of models, from servers that do not have this list.
@@ -44,7 +45,7 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
         listless = empty or outcome.detail.startswith(_WITHOUT_LIST)
         if not (listless or (cached and outcome.status in ("unreachable", "timeout"))):
             raise OSError(f"{problem}: {outcome.detail} (author.url)")
-        client.warn(f"{problem}: author.model and author.max_tokens are not checked")
+        streams.warn(f"{problem}: author.model and author.max_tokens are not checked")
         return
     served = outcome.value
     if server.model not in served:
@@ -63,7 +64,7 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     # The server's tokenizer is not known, so the estimate of the longest prompt is no reason to
     # refuse the run.
     if longest + config.rollout.max_tokens + author.max_tokens > room:
-        client.warn(
+        streams.warn(
             f"author.max_tokens={author.max_tokens}, a prompt of about {longest} tokens and an "
             f"attempt of rollout.max_tokens={config.rollout.max_tokens} exceed {place}: it "
             "will refuse the longest attempts, unless context.section_tokens shortens them"

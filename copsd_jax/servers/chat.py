@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from copsd_jax.runtime import storage
+from copsd_jax.runtime import storage, streams
 from copsd_jax.servers import client
 
 USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
@@ -178,7 +178,7 @@ def _read_cached_answer(server: client.Server, digest: str) -> ChatAnswer | None
             return ChatAnswer(text, status, attempts=0)
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         pass  # an unreadable file is handled below, like a malformed answer
-    client.warn(f"{path} is not a cached answer: the request is sent again")
+    streams.warn(f"{path} is not a cached answer: the request is sent again")
     return None
 
 
@@ -194,4 +194,4 @@ def _cache_chat_answer(server: client.Server, digest: str, answer: ChatAnswer) -
             json.dump({"model": server.model, "status": answer.status, "text": answer.text}, file)
         os.replace(part, path)
     except OSError as error:  # for example, the disk is full; the answer is still returned
-        client.warn(f"{path} cannot be written ({error.strerror})")
+        streams.warn(f"{path} cannot be written ({error.strerror})")

@@ -28,7 +28,6 @@ import queue
 import re
 import socket
 import ssl
-import sys
 import threading
 import time
 import urllib.parse
@@ -359,11 +358,6 @@ def _read_http_body(what: HttpCall, body: bytes) -> Outcome:
         problem = "JSON of another form"
     said = to_one_line(body.decode(errors="replace"))
     return Outcome("bad_reply", detail=f"{problem}: {said}", again=True)
-
-
-def warn(text: str) -> None:
-    """Prints a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def to_one_line(text: str) -> str:

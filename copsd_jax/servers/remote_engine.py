@@ -38,12 +38,13 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from copsd_jax.config import settings as config_lib
+from copsd_jax.runtime import failures
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import client, dialects
 
@@ -95,7 +96,7 @@ def generate(
       server: the server, after `hand_over` of the policy.
       prompts: token ids, including the shared prefix; servers cache common prefixes themselves.
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
-      keys: uint32 [n, 2] from `request.derive_keys`, one key per prompt.
+      keys: uint32 [n, 2] from `request.derive_sampling_keys`, one key per prompt.
       vocabulary: the ids of the model. The server does not know which ids are valid. A trained
         model hardly ever draws an invalid id; a completion that has one is dropped.
       limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
@@ -535,3 +536,12 @@ def _call_server(
     problem = f"did not {task} in {count} ({outcome.status})"
     hint = f" ({needs})" if needs else ""
     raise OSError(f"{what.url} {problem}: {outcome.detail}{hint}")
+
+
+@contextlib.contextmanager
+def translate_server_errors() -> Iterator[None]:
+    """Raises server failures as failures.EngineError, to distinguish them from file errors."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise failures.EngineError(str(error)) from error

@@ -9,11 +9,13 @@ from copsd_jax.runtime import failures, processes, storage, workdir
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, dialects, remote_engine
 
-# Bounds of logp_gap_max in nats, by model.dtype; see `check_server_gap`.
+# Bounds of logp_gap_max in nats, by model.dtype; see `check_sampler_server_gap`.
 GAPS = {"float32": 0.01, "bfloat16": 3.0}
 
 
-def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineServer | None:
+def plan_sampler_server(
+    config: config_lib.Config, train: bool
+) -> remote_engine.EngineServer | None:
     """Returns the server that the sampler.* settings describe; None if the engine is not a server.
 
     No request is sent.
@@ -43,18 +45,18 @@ def plan_server(config: config_lib.Config, train: bool) -> remote_engine.EngineS
             rule = f"with sampler.dialect={s.dialect} it must be 0 or at least {coldest}"
             raise ValueError(f"{section}.temperature is {degree}: {rule}")
     if train:
-        _check_logprobs(config)
+        _check_server_logprobs(config)
     return server
 
 
-def _list_readers(config: config_lib.Config) -> dict[str, object]:
+def _list_server_logp_readers(config: config_lib.Config) -> dict[str, object]:
     """Returns the settings, with their values, with which a loss reads the sampler's numbers."""
     off = {"policy.old": "trainer", "policy.rollout_clip": 0, "loss.rollout_clip": 0}
     values = config_lib.flat(config)
     return {name: values[name] for name, value in off.items() if values[name] != value}
 
 
-def check_server_gap(
+def check_sampler_server_gap(
     config: config_lib.Config, step: int, metrics: Mapping[str, float]
 ) -> list[str]:
     """Checks that the server's log-probabilities are those of the trainer's policy.
@@ -83,17 +85,17 @@ def check_server_gap(
         f"{config.sampler.url} does not have the weights or the dtype of the trainer, or "
         f"sampler.logprobs={config.sampler.logprobs} is not what it reports"
     )
-    if readers := _list_readers(config):
+    if readers := _list_server_logp_readers(config):
         raise failures.EngineError(f"{text}; {' and '.join(readers)} would use these numbers")
     return [f"warning: {text}"]
 
 
-def _check_logprobs(config: config_lib.Config) -> None:
+def _check_server_logprobs(config: config_lib.Config) -> None:
     """Checks that the server returns the log-probabilities that the losses need."""
     c, r = config, config.rollout
     drawn = request.Sampling(r.max_tokens, r.temperature, r.top_k, r.top_p, r.min_p)
     given = remote_engine.reports_log_probs(c.sampler.logprobs, drawn)[0]
-    for name, value in _list_readers(c).items():
+    for name, value in _list_server_logp_readers(c).items():
         if not given:
             raise ValueError(
                 f"{name} is {value!r}: it needs untruncated log-probabilities "

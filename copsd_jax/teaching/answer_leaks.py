@@ -53,14 +53,16 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
     if not answer.strip():
         return []
     spans = [match.span() for match in _FRACTION.finditer(text)]
-    spans += [(_find_sign(text, match.start()), match.end()) for match in _NUMBER.finditer(text)]
+    spans += [
+        (_find_leak_start(text, match.start()), match.end()) for match in _NUMBER.finditer(text)
+    ]
     found = [s for s in spans if comparison.compare_plainly(answer, text[slice(*s)]) is True]
     if _NUMBER.fullmatch(answer.strip().lstrip(_MINUS + "+")) is None:
         found += find_words(text, answer)
     return sorted(found)
 
 
-def _find_sign(text: str, start: int) -> int:
+def _find_leak_start(text: str, start: int) -> int:
     """Returns the index at which a number starts; a minus sign is part of the number.
 
     A hyphen after a word, or a minus sign after an operand, is not part of the number after it.
@@ -99,8 +101,8 @@ def _continues(beside: str, edge: str) -> bool:
         return further.isdigit()
     if not near or _UNSPACED.match(edge) or _UNSPACED.match(near):
         return False
-    return _is_word_character(edge) and _is_word_character(near)
+    return _is_leak_word_character(edge) and _is_leak_word_character(near)
 
 
-def _is_word_character(char: str) -> bool:
+def _is_leak_word_character(char: str) -> bool:
     return char.isalnum() or char == "_" or unicodedata.category(char)[0] == "M"

@@ -60,33 +60,33 @@ class PromptFormat:
     date: str = ""
 
 
-def join_lines(text: str) -> str:
+def join_prompt_lines(text: str) -> str:
     """Joins the lines of a text; in plain text, a line break would end a block or a completion."""
     return " ".join(text.split())
 
 
 def _plain_solution(row: problem_row.Row) -> str:
-    return join_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
+    return join_prompt_lines(row.solution) + (f" ({row.answer})" if row.answer else "")
 
 
 # The plain wording. The line break before a block is part of the block. All prompts of the student
 # and of the teacher end in "Answer:", so the first completion token follows the same text on both
 # sides.
 PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
-    "problem": lambda row, part: f"Question: {join_lines(row.problem)}",
-    "problem_en": lambda row, part: f"\nEnglish question: {join_lines(row.problem_en)}",
+    "problem": lambda row, part: f"Question: {join_prompt_lines(row.problem)}",
+    "problem_en": lambda row, part: f"\nEnglish question: {join_prompt_lines(row.problem_en)}",
     "solution": lambda row, part: f"\nReference solution: {_plain_solution(part.row or row)}",
     "reason": lambda row, part: "\nAnalysis:",
-    "analysis": lambda row, part: f" {join_lines(part.text)}",
+    "analysis": lambda row, part: f" {join_prompt_lines(part.text)}",
     "transition": lambda row, part: "",
     "tutor": lambda row, part: "",
-    "attempt": lambda row, part: f"\nAttempt: {join_lines(part.text)}",
-    "gold": lambda row, part: f"\nFinal answer: {join_lines(row.answer)}",
-    "request": lambda row, part: f"\n{join_lines(part.text)}\nReply:",
-    "sibling": lambda row, part: f"\nA correct answer: {join_lines(part.text)}",
-    "feedback": lambda row, part: f"\nFeedback: {join_lines(part.text)}",
-    "reflection": lambda row, part: f"\nHint: {join_lines(part.text)}",
-    "critique": lambda row, part: f"\nCorrected steps: {join_lines(part.text)}",
+    "attempt": lambda row, part: f"\nAttempt: {join_prompt_lines(part.text)}",
+    "gold": lambda row, part: f"\nFinal answer: {join_prompt_lines(row.answer)}",
+    "request": lambda row, part: f"\n{join_prompt_lines(part.text)}\nReply:",
+    "sibling": lambda row, part: f"\nA correct answer: {join_prompt_lines(part.text)}",
+    "feedback": lambda row, part: f"\nFeedback: {join_prompt_lines(part.text)}",
+    "reflection": lambda row, part: f"\nHint: {join_prompt_lines(part.text)}",
+    "critique": lambda row, part: f"\nCorrected steps: {join_prompt_lines(part.text)}",
     "again": lambda row, part: "",
     "instruction": lambda row, part: "\nAnswer:",
 }

@@ -84,7 +84,7 @@ def _may_start(text: str, tokens: Sequence[_Token], at: int) -> bool:
 
 def _read_equation(tokens: Sequence[_Token], at: int) -> tuple[Equation | None, int]:
     """Reads an equation at a token; returns the equation (or None) and the next token's index."""
-    reader = _Reader(tokens, at - 1)
+    reader = _EquationReader(tokens, at - 1)
     sides = reader.read_behind(reader.side)
     while sides and reader.kind() == "equal" and (side := reader.read_behind(reader.side)):
         sides += side
@@ -99,7 +99,7 @@ class _Unreadable(Exception):
     """An operand is missing or cannot be read."""
 
 
-class _Reader:
+class _EquationReader:
     """A reader of an equation's sides; a side ends before a sign that has no operand after it."""
 
     def __init__(self, tokens: Sequence[_Token], at: int):
@@ -144,7 +144,7 @@ class _Reader:
         if self._left < 0:
             raise _Unreadable
         if kind == "number" and len(written) <= _LONGEST:
-            return _read_number(written)
+            return _read_equation_number(written)
         if SIGNS.get(written) == "-" and self.kind() == "number" and self.tokens[self.at][2] == end:
             value = self._operand()
             return None if value is None else -value
@@ -156,7 +156,7 @@ class _Reader:
         raise _Unreadable
 
 
-def _read_number(written: str) -> fractions.Fraction | None:
+def _read_equation_number(written: str) -> fractions.Fraction | None:
     digits = numerals.fold_digits(written)
     if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", digits):
         digits = digits.replace(",", "")

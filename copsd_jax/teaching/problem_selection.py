@@ -21,10 +21,10 @@ def load_train_rows(
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
     """
-    needs = list_row_fields(config, context)
+    needs = list_needed_problem_fields(config, context)
     rows, dropped = sources.load_rows(
         config.data.path, config.data.lang, missing=config.data.missing,
-        fields=_fields(config.data.path, config.data.fields),
+        fields=_select_problem_field_map(config.data.path, config.data.fields),
         needs=(*needs, *_need_options(config)),
         limit=config.data.limit, registry=registry,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
         return [], collections.Counter()
     rows, dropped = sources.load_rows(
         config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
-        fields=_fields(config.eval.path, config.eval.fields),
+        fields=_select_problem_field_map(config.eval.path, config.eval.fields),
         needs=("answer", *_need_options(config)), limit=config.eval.limit, registry=registry,
         setting="eval.path",
     )  # fmt: skip
@@ -80,7 +80,7 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
         return ()
     rows, _ = sources.load_rows(
         config.prompt.exemplars_path, (config.prompt.exemplars_lang,),
-        fields=_fields(config.prompt.exemplars_path, config.data.fields),
+        fields=_select_problem_field_map(config.prompt.exemplars_path, config.data.fields),
         needs=("answer", "solution"), registry=registry, setting="prompt.exemplars_path",
     )  # fmt: skip
     if len(rows) < count:
@@ -91,7 +91,7 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
     return tuple(rows[:count])
 
 
-def _fields(path: str, fields: str) -> str:
+def _select_problem_field_map(path: str, fields: str) -> str:
     """Returns the field map of a source; bundled files need no map, so their map is empty."""
     return "" if path.startswith("bundled:") else fields
 
@@ -112,7 +112,9 @@ def check_language_shares(config: config_lib.Config, rows: list[Row], registry: 
             )
 
 
-def list_row_fields(config: config_lib.Config, context: contexts.Settings) -> tuple[str, ...]:
+def list_needed_problem_fields(
+    config: config_lib.Config, context: contexts.Settings
+) -> tuple[str, ...]:
     """Lists the fields that each row must have for the method, the context and the author."""
     method = config_lib.traits(config)
     if not method.samples:

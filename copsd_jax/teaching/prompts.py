@@ -66,7 +66,7 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
       ValueError: the tokenizer has no chat template, or the template fails.
     """
     message = [{"role": "user", "content": "x"}]
-    _check_powers(tokenizer)
+    _check_template_features(tokenizer)
     with _limit_time(TEMPLATE_SECONDS):
         on, off = (_render_chat_template(tokenizer, message, value) for value in ("on", "off"))
     return on != off
@@ -92,7 +92,9 @@ def _render_chat_template(
     # A chat template is a program, which can raise exceptions of any kind.
     try:
         if date and shows_date(tokenizer):
-            options["chat_template"] = _fix_date(date) + tokenizer.get_chat_template()
+            options["chat_template"] = (
+                _write_prompt_date_macro(date) + tokenizer.get_chat_template()
+            )
         text = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:
         raise ValueError(_explain_template(tokenizer, error)) from error
@@ -113,7 +115,7 @@ def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
     )
 
 
-def _check_powers(tokenizer: Tokenizer) -> None:
+def _check_template_features(tokenizer: Tokenizer) -> None:
     """Refuses a chat template that computes a power.
 
     A power such as 9**9**9 is one operation of Python, which no limit of time can end, and which
@@ -167,7 +169,7 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
     """
     question, answer = {"role": "user", "content": "3 + 4?"}, "assistant's content."
     turns = [question, {"role": "assistant", "content": answer}]
-    _check_powers(tokenizer)
+    _check_template_features(tokenizer)
     with _limit_time(TEMPLATE_SECONDS):
         prompt, bare, whole = (
             _render_chat_template(tokenizer, messages, "none", "2000-01-01", start)
@@ -194,7 +196,7 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
 
 
 @functools.cache
-def _fix_date(date: str) -> str:
+def _write_prompt_date_macro(date: str) -> str:
     """Returns a macro that makes `strftime_now` of a chat template give a fixed date, at midnight.
 
     transformers passes only plain data to a template, so the function that reads the clock can be
@@ -347,7 +349,7 @@ def build_prompt(
         shared = ""
         for (shot, turns), text in zip(exemplars, worked, strict=True):
             block = conversations.render_plain_text(shot, turns)
-            shared += f"{block} {conversations.join_lines(text)}{conversations.PLAIN_GAP}"
+            shared += f"{block} {conversations.join_prompt_lines(text)}{conversations.PLAIN_GAP}"
         own = conversations.render_plain_text(row, conversation)
         return _build_plain_prompt(tokenizer, shared, own)
     messages = []
@@ -380,7 +382,7 @@ def encode_target(
     """
     completion = conversations.write_worked_completion(prompt_format, row)
     if prompt_format.template == "plain":
-        completion = f" {conversations.join_lines(completion)}"
+        completion = f" {conversations.join_prompt_lines(completion)}"
         if stop:
             return tuple(text_encoding.encode_text(tokenizer, completion + stop[0]).ids)
     end: Any = find_turn_end(tokenizer) if prompt_format.template == "chat" else None

@@ -93,12 +93,12 @@ def _split_sentences(text: str, tags: Sequence[re.Match]) -> list[_Span]:
         stops = [match.end() for match in _SENTENCE_END.finditer(text, at, end)]
         for stop in [*stops, end]:
             inside = slice(*(bisect.bisect_left(marks, (place, False)) for place in (at, stop)))
-            spans.extend(_split_sentence(text, at, stop, marks[inside]))
+            spans.extend(_split_solution_sentence(text, at, stop, marks[inside]))
             at = stop
     return spans
 
 
-def _split_sentence(
+def _split_solution_sentence(
     text: str, start: int, end: int, marks: Sequence[tuple[int, bool]]
 ) -> list[_Span]:
     """Splits a sentence at all `marks` except the first; the part with the answer stays whole."""

@@ -57,7 +57,7 @@ def import_span_function(select: str) -> Callable | None:
         found: Any = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind("problem", "answer", "reply")
     except BaseException as error:
-        if not reward_functions.is_user_error(error):
+        if not reward_functions.is_reward_function_error(error):
             raise
         raise ValueError(
             f"tokens.select is {select!r}: it is not an importable function of (problem, answer, "

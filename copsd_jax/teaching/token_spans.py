@@ -185,7 +185,9 @@ def _normalise(text: str) -> _Normal:
         position = match.end()
         if match["kept"]:
             copy(*match.span())
-        elif match["comma"] or _separates(out, composed.text[position : position + 1]):
+        elif match["comma"] or _separates_span_characters(
+            out, composed.text[position : position + 1]
+        ):
             out.append("," if match["comma"] else " ")
             sources.append((match.start(), match.end() - 1))
     copy(position, len(composed.text))
@@ -193,7 +195,7 @@ def _normalise(text: str) -> _Normal:
     return _Normal("".join(out), composed.starts[first], composed.ends[last])
 
 
-def _separates(before: Sequence[str], after: str) -> bool:
+def _separates_span_characters(before: Sequence[str], after: str) -> bool:
     """Tells whether spacing separates two letters or two digits; marks count as letters."""
     if not before or not after:
         return False

@@ -100,7 +100,7 @@ class Batch(NamedTuple):
     source_UST: Array = None
 
 
-def pad_length(length: int) -> int:
+def pad_row_length(length: int) -> int:
     """Returns the padded length for `length` tokens.
 
     Padded lengths are multiples of 32 up to 256, of 64 up to 512, of 128 up to 2,048, and of 512
@@ -114,7 +114,7 @@ def pad_length(length: int) -> int:
 def _lay_out_side(prompts, completions, prefix: int, C: int) -> Side:
     """Builds the layout of one side, one sample per row."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    B, L = len(prompts), pad_length(max(lengths))
+    B, L = len(prompts), pad_row_length(max(lengths))
     tokens_BL, segments_BL = np.zeros((2, B, L), np.int32)
     gather_BC = np.zeros((B, C), np.int32)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -169,7 +169,7 @@ def build_batch(
             f"{len(student_prompts)} student prompts, {len(taught)} teacher prompts, "
             f"{len(completions)} completions: the numbers must be equal"
         )
-    C = pad_length(max((len(c) for c in completions), default=1))
+    C = pad_row_length(max((len(c) for c in completions), default=1))
     mask_BC = pad_rows([[True] * len(completion) for completion in completions], C, bool)
     return Batch(
         student=_lay_out_side(student_prompts, completions, student_prefix, C),

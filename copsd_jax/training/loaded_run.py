@@ -19,7 +19,7 @@ from copsd_jax.metrics import token_stats
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import shared_prefix, transformer
 from copsd_jax.rewards import graders, reward_functions
-from copsd_jax.runtime import failures, processes, sharding, stopping, storage
+from copsd_jax.runtime import processes, sharding, stopping, storage
 from copsd_jax.sampler import handover, loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import conversations, prompts, text_encoding
@@ -202,7 +202,7 @@ def build_sampling(run: LoadedRun, section: str) -> request.Sampling:
     return builders.build_sampling(plan.config, section, plan.vocabulary.stop_ids, stop)
 
 
-def write_policy(
+def write_run_policy(
     plan: run_plan.Plan, policy: policy_lib.Policy, folder: pathlib.Path, base: str
 ) -> None:
     """Writes a policy to a folder.
@@ -231,8 +231,8 @@ class ServedPolicy:
     """A function that hands policies to a server and remembers which policy the server has.
 
     Two policies count as equal if their arrays are the same objects. `ServedPolicy` holds only weak
-    references to the arrays of a policy. Each policy is written to a new folder by `write_policy`.
-    Older folders are removed after the server has loaded the new policy.
+    references to the arrays of a policy. Each policy is written to a new folder by
+    `write_run_policy`. Older folders are removed after the server has loaded the new policy.
 
     Args:
       plan: the checked plan.
@@ -268,7 +268,7 @@ class ServedPolicy:
             self._server = self._handed(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
         else:
-            with _asked():
+            with remote_engine.translate_server_errors():
                 self._server = remote_engine.hand_over(self._server, self._server.folder)
         return self._server
 
@@ -277,8 +277,8 @@ class ServedPolicy:
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)
         target = self._folder / f"policy_{number:06d}"
-        write_policy(self._plan, policy, target, self._plan.config.sampler.model)
-        with _asked():
+        write_run_policy(self._plan, policy, target, self._plan.config.sampler.model)
+        with remote_engine.translate_server_errors():
             server = remote_engine.hand_over(self._server, target)
         for path in former:
             shutil.rmtree(path)
@@ -297,15 +297,6 @@ def _build_policy_hand_over(
     if chosen is None:
         raise ValueError("sampler.folder is '', but without a work directory it must name a folder")
     return ServedPolicy(plan, plan.server, chosen)
-
-
-@contextlib.contextmanager
-def _asked() -> Iterator[None]:
-    """Raises server failures as failures.EngineError, to distinguish them from file errors."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise failures.EngineError(str(error)) from error
 
 
 def sample(
@@ -327,7 +318,7 @@ def sample(
       policy: the weights to sample with.
       asked: the prompts, which all begin with the same exemplars.
       section: the section of settings: rollout, eval or author.
-      keys: uint32 [n, 2], one random key per prompt, from `request.derive_keys`.
+      keys: uint32 [n, 2], one random key per prompt, from `request.derive_sampling_keys`.
       progress: function that is called with the statistics; see `loop.generate`.
       done: function that is called with each completion and its index as soon as the completion
         ends; see `loop.generate`.
@@ -359,7 +350,7 @@ def sample(
     if run.served is not None:
         server = run.served(policy)
         texts = [(*prompt.prefix_ids, *prompt.ids) for prompt in asked]
-        with _asked():
+        with remote_engine.translate_server_errors():
             return remote_engine.generate(server, texts, sampling, **both)
     prefixes = {prompt.prefix_ids for prompt in asked}
     if len(prefixes) > 1:
@@ -374,7 +365,15 @@ def sample(
         )  # fmt: skip
 
 
-def compile_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
+def warms_up_sampler(plan: run_plan.Plan) -> bool:
+    """Returns whether to compile the sampler's programs before the first rollout."""
+    if plan.server is not None:
+        return False
+    auto = sharding.platform(plan.mesh) != "cpu"  # on CPUs, compiling takes longer than a step
+    return {"auto": auto, "always": True, "never": False}[plan.config.sampler.warmup]
+
+
+def compile_run_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str]:
     """Compiles the sampler's programs for rollouts and evaluation, and yields one line per program.
 
     Args:

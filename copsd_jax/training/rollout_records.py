@@ -12,13 +12,13 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.sampler import loop
 from copsd_jax.teaching import solution_steps, token_spans
 from copsd_jax.training import layout, loaded_run, train_step
-from copsd_jax.training.rollouts import Rollouts, StepInputs
+from copsd_jax.training.rollouts import Rollouts, TrainStepInputs
 
 
 def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     """Builds one dictionary per completion: the record that is stored in W/rollouts.
 
-    Each method adds fields of its own, and `add_token_values` adds per-token values.
+    Each method adds fields of its own, and `add_rollout_token_values` adds per-token values.
 
     Args:
       r: the loaded run.
@@ -103,21 +103,25 @@ def measure_rollouts(made: list[dict], sampler: loop.Stats) -> dict[str, float]:
     return {
         "completion_tokens": mean([len(record["completion_ids"]) for record in made]),
         "truncated": mean([record["finish"] == "length" for record in made]),
-        **count_statuses("rollout", [x["finish"] for x in made if x["finish"] in loop.DROPPED], []),
+        **count_rollout_statuses(
+            "rollout", [x["finish"] for x in made if x["finish"] in loop.DROPPED], []
+        ),
         "graded": float(len(graded)),
         # Without graded completions, `correct` and `reward` are absent, because 0 would look like a
         # result.
         **({"correct": mean([record["correct"] for record in graded])} if graded else {}),
         **({"reward": mean([record["reward"] for record in graded])} if graded else {}),
         **({"format": mean(formed)} if formed else {}),
-        **count_statuses("grade", [*statuses, *unrewarded], []),
+        **count_rollout_statuses("grade", [*statuses, *unrewarded], []),
         # The slot occupancy is NaN if no prompt had to wait.
         **({} if math.isnan(sampler.occupancy) else {"slot_occupancy": sampler.occupancy}),
         "seconds/sampler": sampler.seconds,
     }
 
 
-def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> dict[str, float]:
+def count_rollout_statuses(
+    name: str, statuses: Sequence[str], known: Sequence[str]
+) -> dict[str, float]:
     """Returns the number of completions with each status, as metrics named `{name}_{status}`.
 
     Args:
@@ -129,8 +133,8 @@ def count_statuses(name: str, statuses: Sequence[str], known: Sequence[str]) -> 
     return {f"{name}_{status}": float(found[status]) for status in dict.fromkeys([*known, *found])}
 
 
-def add_token_values(
-    r: loaded_run.LoadedRun, work: StepInputs, aux: train_step.Aux
+def add_rollout_token_values(
+    r: loaded_run.LoadedRun, work: TrainStepInputs, aux: train_step.Aux
 ) -> dict[str, float]:
     """Adds the step's per-token values to the records, and returns token metrics.
 
@@ -156,12 +160,12 @@ def add_token_values(
         logp_sampling = None
         if aux.tokens is not None:
             logp_sampling = aux.tokens.logp_sampling_T[b, :n]
-            _add_divergence(r, record, work.batch, aux.tokens, b, n)
+            _record_rollout_divergence(r, record, work.batch, aux.tokens, b, n)
         if aux.policy is not None:
             record["policy_mask"] = [int(x) for x in work.batch.policy_BC[b, :n]]
             if any(record["policy_mask"]):
                 logp_sampling = aux.policy.logp_T[b, :n]
-                _add_policy(r, record, work.batch, aux.policy, b, n)
+                _record_rollout_policy(r, record, work.batch, aux.policy, b, n)
         if logp_sampling is not None and record.get("logp_sampler"):
             gaps.append(np.abs(logp_sampling - record["logp_sampler"][:n]))
     gap = np.concatenate(gaps) if gaps else np.zeros(0)
@@ -175,7 +179,9 @@ def add_token_values(
     return values
 
 
-def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int) -> None:
+def _record_rollout_divergence(
+    r, record: dict, batch: layout.Batch, tokens, b: int, n: int
+) -> None:
     """Adds the student's values to a record, and the teacher's values if there is a teacher prompt.
 
     If loss.rollout_clip is above 0, the record gets `ratio`, the capped importance weight of each
@@ -196,7 +202,7 @@ def _add_divergence(r, record: dict, batch: layout.Batch, tokens, b: int, n: int
     record["advantage_by_step"] = token_stats.advantage_by_step(advantage, record["steps"])
 
 
-def _add_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
+def _record_rollout_policy(r, record: dict, batch: layout.Batch, policy, b: int, n: int) -> None:
     """Adds the values of the policy loss to a record; a cross entropy adds fewer values.
 
     If the loss compares trainer and sampler, the record gets `policy_ratio`: p(y) in the trainer

@@ -57,7 +57,7 @@ class Rollouts(NamedTuple):
         return np.array([verdict.reward if verdict else 0.0 for verdict in self.verdicts])
 
 
-class StepInputs(NamedTuple):
+class TrainStepInputs(NamedTuple):
     """The inputs of a train step, and the records and metrics that are known before the step.
 
     Attributes:
@@ -91,10 +91,12 @@ def sample_rollouts(
     repeated = [row for row in rows for _ in range(c.rollout.per_prompt)]
     samples = _number_samples(repeated)
     asked = [prompts.build_student_prompt(plan.tokenizer, plan.student, row) for row in repeated]
-    keys = request.derive_keys(c.seed, "rollout", step, [row.id for row in repeated], samples)
+    keys = request.derive_sampling_keys(
+        c.seed, "rollout", step, [row.id for row in repeated], samples
+    )
     student = loaded_run.derive_run_policies(r, state)[0]
     sampled, stats = loaded_run.sample(r, student, asked, "rollout", keys)
-    completions = [_clear_unknown_logps(completion) for completion in sampled]
+    completions = [_clear_unknown_rollout_logps(completion) for completion in sampled]
     stops, pieces = set(plan.vocabulary.stop_ids), plan.vocabulary.token_bytes
     decoded = [
         token_spans.decode_tokens([i for i in done.ids if i not in stops], pieces)
@@ -122,7 +124,7 @@ def sample_rollouts(
     )  # fmt: skip
 
 
-def _clear_unknown_logps(completion: loop.Completion) -> loop.Completion:
+def _clear_unknown_rollout_logps(completion: loop.Completion) -> loop.Completion:
     """Replaces NaN log-probabilities with empty arrays; NaN means that a server returned none.
 
     A record can contain an empty array, written as [], but no NaN, because JSON has no NaN. In a
@@ -141,7 +143,7 @@ def _number_samples(rows: Sequence[problem_row.Row]) -> list[int]:
     return [next(seen[row.id]) for row in rows]
 
 
-def encode_prefixes(
+def encode_training_prefixes(
     r: loaded_run.LoadedRun, state: train_step.State, asked: prompts.Prompt,
     told: prompts.Prompt | None,
 ) -> tuple[np.ndarray | None, tuple | None]:  # fmt: skip

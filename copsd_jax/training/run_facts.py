@@ -16,7 +16,7 @@ def collect_facts(plan: run_plan.Plan) -> dict:
     functions = {"reward.kind": c.reward.kind, "tokens.select": c.tokens.select}
     served = {f"root of {c.sampler.model}": plan.server.root} if plan.server else {}
     return {
-        **continuation.collect_environment(),
+        **continuation.collect_run_environment(),
         "identity": {
             "tokenizer": tokenizer.fingerprint(plan.tokenizer),
             "prompt": {"prompt.date": c.prompt.date},

@@ -16,7 +16,7 @@ from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.problems import languages, problem_row
-from copsd_jax.runtime import sharding, workdir
+from copsd_jax.runtime import sharding
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, remote_engine, sampler_server
 from copsd_jax.teaching import (
@@ -120,7 +120,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
       ValueError, OSError: the run cannot work; the message is one sentence that names the setting.
     """
     table_rules.check_choices(config, train=train)
-    server = sampler_server.plan_server(config, train) if train or evaluate else None
+    server = sampler_server.plan_sampler_server(config, train) if train or evaluate else None
     registry = languages.load_languages(config.languages_file)
     _check_languages(config, registry)
     context, selection = table_rules.context_settings(config), _selection(config)
@@ -137,7 +137,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     exemplars = problem_selection.load_exemplars(config, registry)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
-        setting_rules.check_shards(config, sharding.batch_shards(mesh))
+        setting_rules.check_shard_settings(config, sharding.batch_shards(mesh))
         backends.choose_loss(config, sharding.platform(mesh))
     start = initial_weights.find_source(config.model.init_from)
     path, shape, tok = model_headers.read_headers(config)
@@ -148,7 +148,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     )  # fmt: skip
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
-    setting_rules.check_vocabulary(config, shape.vocab_size)
+    setting_rules.check_top_k_settings(config, shape.vocab_size)
     sharding.count_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
     sides = _plan_prompt_formats(config, registry, exemplars, tok)
     taught, side = config_lib.traits(config).teacher, sides.pop("teacher")
@@ -242,33 +242,6 @@ def _author_replies(config: config_lib.Config) -> dict[tuple[str, int], str]:
     if author.kind == "server":
         client.check_server(client.server_from_settings(author, "author", author.cache))
     return replies.load_reply_file(author.path) if author.kind == "file" else {}
-
-
-def load_run_config(directory: pathlib.Path) -> config_lib.Config:
-    """Loads the config of a work directory, for use on this machine.
-
-    The settings of the mesh and of the attention kernels are reset to their defaults, because
-    results do not depend on these settings.
-
-    Args:
-      directory: the work directory of a run.
-
-    Raises:
-      FileNotFoundError: the directory does not contain a run.
-      ValueError: the run has a setting that this version does not have.
-    """
-    config, saved = config_lib.default(), workdir.read_settings(directory)
-    unknown = saved.keys() - config_lib.flat(config).keys()
-    if unknown:
-        raise ValueError(
-            f"--workdir={directory} was written by another version of this program: it has the "
-            f"unknown settings {sorted(unknown)}"
-        )
-    config_lib.assign(config, saved)
-    # The mesh and the kernels of the saved run may not suit this machine.
-    config.mesh.update(config_lib.default().mesh)
-    config.model.attention = config.sampler.attention = "auto"
-    return config
 
 
 def _check_languages(config: config_lib.Config, registry) -> None:

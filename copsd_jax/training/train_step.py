@@ -302,7 +302,7 @@ def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
     return taken_BCD.reshape(-1, D)
 
 
-def _flat(x: Any) -> Any:
+def _flatten_micro(x: Any) -> Any:
     return None if x is None else x.reshape(-1)
 
 
@@ -324,9 +324,9 @@ def _compute_micro_policy_loss(
     # block.
     implementation = "dense" if options.implementation == "dense" else "chunked"
     log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
-        hidden, head, _flat(micro.completion_BC), temperature=settings.temperature,
+        hidden, head, _flatten_micro(micro.completion_BC), temperature=settings.temperature,
         implementation=implementation, chunk=options.chunk, train_head=trained,
-        live_T=_flat(micro.policy_BC),
+        live_T=_flatten_micro(micro.policy_BC),
     )  # fmt: skip
     logp_T, entropy_T = log_probs(hidden_s, heads[0], options.trainable == "full")
     own_T = jax.lax.stop_gradient(logp_T)
@@ -334,24 +334,24 @@ def _compute_micro_policy_loss(
     if settings.kind == "nll":
         value_T = -logp_T
     else:
-        old_T = own_T if settings.old == "trainer" else _flat(micro.logp_rollout_BC)
+        old_T = own_T if settings.old == "trainer" else _flatten_micro(micro.logp_rollout_BC)
         value_T, clipped_T = policy_loss.compute_surrogate(
-            logp_T, old_T, _flat(micro.advantage_BC), clip_low=settings.clip_low,
+            logp_T, old_T, _flatten_micro(micro.advantage_BC), clip_low=settings.clip_low,
             clip_high=settings.clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
     if settings.rollout_clip:
         # Clipping to [-20, 20] keeps exp finite, as policy_loss.LOG_RATIO does for the surrogate's
         # ratio.
-        gap_T = jnp.clip(own_T - _flat(micro.logp_rollout_BC), -20, 20)
+        gap_T = jnp.clip(own_T - _flatten_micro(micro.logp_rollout_BC), -20, 20)
         value_T = value_T * jnp.minimum(jnp.exp(gap_T), settings.rollout_clip)
     if hidden_ref is not None:
         ref_T = jax.lax.stop_gradient(log_probs(hidden_ref, heads[1], False)[0])
         kl_T = policy_loss.estimate_kl(logp_T, ref_T)
         value_T = value_T + settings.kl * kl_T
     stats = PolicyStats(value_T, logp_T, entropy_T, clipped_T.astype(jnp.float32), kl_T)
-    live_T = _flat(micro.policy_BC)
+    live_T = _flatten_micro(micro.policy_BC)
     stats = jax.tree.map(lambda x: jnp.where(live_T, jax.lax.stop_gradient(x), 0.0), stats)
-    return jnp.sum(jnp.where(live_T, _flat(weight_BC) * value_T, 0.0)), stats
+    return jnp.sum(jnp.where(live_T, _flatten_micro(weight_BC) * value_T, 0.0)), stats
 
 
 def _build_micro_batch_loss(
@@ -396,10 +396,10 @@ def _build_micro_batch_loss(
             )  # fmt: skip
             value, stats = divergence_loss.divergence(
                 hidden_s, hidden_t, head_of(student), head_t,
-                _flat(micro.completion_BC), _flat(weights[0]), options.divergence,
+                _flatten_micro(micro.completion_BC), _flatten_micro(weights[0]), options.divergence,
                 implementation=options.implementation, chunk=options.chunk,
-                train_head=options.trainable == "full", live_T=_flat(micro.mask_BC),
-                logp_rollout_T=_flat(micro.logp_rollout_BC),
+                train_head=options.trainable == "full", live_T=_flatten_micro(micro.mask_BC),
+                logp_rollout_T=_flatten_micro(micro.logp_rollout_BC),
                 kernel=divergence_loss.KernelOptions(chip=options.chip),
             )  # fmt: skip
             total = total + value
@@ -574,7 +574,7 @@ def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, trained)
 
 
-def _mean(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
+def _average_step_tokens(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
     """Returns the mean of x_BC over the tokens of a mask, or 0 for an empty mask."""
     count = jnp.maximum(1, mask_BC.sum()).astype(jnp.float32)
     return jnp.where(mask_BC, x_BC, 0.0).sum() / count
@@ -595,8 +595,10 @@ def _average_step_divergence(
         "clipped_mass": stats.clipped_mass_T,
     }  # fmt: skip
     return {
-        **{name: _mean(value_BC, batch.loss_BC) for name, value_BC in values.items()},
-        "entropy_student": _mean(stats.entropy_student_T, batch.mask_BC),
+        **{
+            name: _average_step_tokens(value_BC, batch.loss_BC) for name, value_BC in values.items()
+        },
+        "entropy_student": _average_step_tokens(stats.entropy_student_T, batch.mask_BC),
         "loss_tokens": batch.loss_BC.sum().astype(jnp.float32),
     }
 
@@ -609,5 +611,7 @@ def _average_step_policy_loss(
         return {}
     values = {"policy_loss": stats.value_T, "policy_entropy": stats.entropy_T,
               "ratio_clipped": stats.clipped_T, "kl_initial": stats.kl_T}  # fmt: skip
-    means = {name: _mean(value_BC, batch.policy_BC) for name, value_BC in values.items()}
+    means = {
+        name: _average_step_tokens(value_BC, batch.policy_BC) for name, value_BC in values.items()
+    }
     return means | {"policy_tokens": batch.policy_BC.sum().astype(jnp.float32)}

@@ -50,11 +50,11 @@ class LeafSlice(NamedTuple):
 
 def _leaf_shapes(config: transformer.ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
     """Returns the shapes of a model's parameters as {path: shape}."""
-    leaves = _by_path(transformer.abstract_params(config, jnp.float32))
+    leaves = _map_weight_paths(transformer.abstract_params(config, jnp.float32))
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
-def _by_path(params: dict) -> dict[LeafPath, Any]:
+def _map_weight_paths(params: dict) -> dict[LeafPath, Any]:
     """Returns the leaves of a tree as {path: leaf}."""
     leaves = jax.tree.leaves_with_path(params)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
@@ -193,7 +193,7 @@ def load_params(
 def _tensors_equal(one: tensor_files.Tensor, other: tensor_files.Tensor) -> bool:
     """Returns whether two stored matrices are equal; the matrices are read in strips of rows."""
     rows, columns = one.shape
-    parts = [(strip, slice(0, columns)) for strip in _split_rows(0, rows)]
+    parts = [(strip, slice(0, columns)) for strip in _split_weight_rows(0, rows)]
     return all(np.array_equal(one.read(part), other.read(part)) for part in parts)
 
 
@@ -212,13 +212,13 @@ def _read_leaf_part(
     for layer_values, (name, entry) in zip(values, entries[layers], strict=True):
         into = layer_values.T if entry.transposed else layer_values
         rows, *others = own[::-1] if entry.transposed else own
-        for strip in _split_rows(rows.start, rows.stop):
+        for strip in _split_weight_rows(rows.start, rows.stop):
             here = slice(strip.start - rows.start, strip.stop - rows.start)
             into[here] = found[name].read((strip, *others))
     return values
 
 
-def _split_rows(start: int, stop: int) -> list[slice]:
+def _split_weight_rows(start: int, stop: int) -> list[slice]:
     """Splits rows into strips; reading one strip at a time takes little additional memory."""
     return [slice(row, min(row + STRIP_ROWS, stop)) for row in range(start, stop, STRIP_ROWS)]
 
@@ -232,7 +232,7 @@ def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     Each leaf is fetched only once, although only one leaf is cached: the map lists the tensors of a
     leaf consecutively.
     """
-    leaves = _by_path(params)
+    leaves = _map_weight_paths(params)
     expected = _leaf_shapes(config)
     if {path: leaf.shape for path, leaf in leaves.items()} != expected:
         wrong = sorted(set(leaves) ^ set(expected)) or "a shape"
@@ -266,7 +266,7 @@ def save(
     """Writes a Hugging Face folder that transformers can load; returns the folder's path.
 
     The folder gets the name `directory` only when its files are complete (see
-    `tensor_files.create_folder`).
+    `tensor_files.create_weights_folder`).
 
     Args:
       directory: the folder to write; it must be absent or empty.
@@ -296,7 +296,7 @@ def save(
         "config.json": hf_config.to_config_json(config, str(dtype), ids),
         "generation_config.json": hf_config.to_generation_json(source_path, ids, stop_ids),
     }
-    with tensor_files.create_folder(pathlib.Path(directory)) as folder:
+    with tensor_files.create_weights_folder(pathlib.Path(directory)) as folder:
         _save_tokenizer(folder, tokenizer)
         tensor_files.write_folder(folder, tensors, dtype, shard_bytes)
         for name, content in files.items():
@@ -304,7 +304,7 @@ def save(
     return pathlib.Path(directory)
 
 
-def fingerprint_weights(path: pathlib.Path) -> str:
+def fingerprint_weight_files(path: pathlib.Path) -> str:
     """Returns one SHA-256 (hex) of the name, size, first MiB and last MiB of every weight file.
 
     Args:

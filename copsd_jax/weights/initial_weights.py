@@ -56,7 +56,7 @@ def refuse(source: Source, rule: str) -> NoReturn:
     raise ValueError(f"model.init_from is {str(source.folder)!r}: {rule}")
 
 
-def name_checkpoint(path: str) -> str:
+def resolve_initial_weights(path: str) -> str:
     """Returns the folder of the newest checkpoint for a work directory; other paths are unchanged.
 
     Raises:
@@ -81,7 +81,7 @@ def find_source(path: str) -> Source | None:
     """
     if not path:
         return None
-    folder = pathlib.Path(os.path.expanduser(name_checkpoint(path)))
+    folder = pathlib.Path(os.path.expanduser(resolve_initial_weights(path)))
     if not folder.is_dir():
         raise FileNotFoundError(f"model.init_from is {path!r}: there is no such folder")
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
@@ -199,7 +199,7 @@ def fingerprint_base(source: Source | None, base: pathlib.Path, init: str) -> st
     """
     if source is not None and not source.is_adapter:
         return fingerprint_source(source)
-    return "" if init == "random" else hf.fingerprint_weights(base)
+    return "" if init == "random" else hf.fingerprint_weight_files(base)
 
 
 def fingerprint_source(source: Source | None) -> str:
@@ -210,9 +210,9 @@ def fingerprint_source(source: Source | None) -> str:
     if source is None:
         return ""
     if source.kind == "model":
-        return hf.fingerprint_weights(source.folder)
+        return hf.fingerprint_weight_files(source.folder)
     files = sorted(path for path in source.folder.rglob("*") if path.is_file())
-    hashes = [hf.fingerprint_weights(path) for path in files]
+    hashes = [hf.fingerprint_weight_files(path) for path in files]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -251,11 +251,11 @@ def load_initial(
         return own(), None
     name = f"model.init_from is {str(source.folder)!r}"
     if source.kind == "model":
-        with _name_setting(name):
+        with _explain_initial_weight_errors(name):
             tree = load_base(source.folder)
         return _check_numbers(tree, name), None
     if source.kind == "adapter":
-        with _name_setting(name):
+        with _explain_initial_weight_errors(name):
             tree = peft.open_adapter(source.folder, shape).read()
         tree = jax.tree.map(sharding.shard_array, tree, find_shardings(tree))
         return own(), _check_numbers(tree, name)
@@ -272,9 +272,9 @@ def load_initial(
     if source.is_adapter:
         scale = source.settings["lora.alpha"] / source.settings["lora.rank"]
         base = own()
-        trained = jax.jit(_merge, static_argnums=2, out_shardings=find_shardings(base))(
-            base, trained, scale
-        )
+        trained = jax.jit(
+            _merge_initial_adapter, static_argnums=2, out_shardings=find_shardings(base)
+        )(base, trained, scale)
     cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree),
                    out_shardings=find_shardings(trained))  # fmt: skip
     base = _check_numbers(cast(trained), name)
@@ -282,7 +282,7 @@ def load_initial(
 
 
 @contextlib.contextmanager
-def _name_setting(name: str) -> Iterator[None]:
+def _explain_initial_weight_errors(name: str) -> Iterator[None]:
     """Adds the setting to the message of an error in the files to start from."""
     try:
         yield
@@ -295,7 +295,7 @@ def _check_numbers(tree: dict, owner: str) -> dict:
     return tree
 
 
-def _merge(base: dict, adapter: dict, scale: float) -> dict:
+def _merge_initial_adapter(base: dict, adapter: dict, scale: float) -> dict:
     """Returns base and adapter, merged in float32."""
     return lora.merge_adapter(jax.tree.map(lambda x: x.astype(jnp.float32), base), adapter, scale)
 

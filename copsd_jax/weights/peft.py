@@ -146,7 +146,7 @@ def write(
     """Writes a folder with an adapter in PEFT's layout, in float32; returns the folder's path.
 
     The folder gets the name `directory` only when its files are complete (see
-    `tensor_files.create_folder`).
+    `tensor_files.create_weights_folder`).
 
     Args:
       directory: the folder to write; it must be absent or empty.
@@ -167,7 +167,7 @@ def write(
     tensors = {}
     for target in targets:
         tensors |= _transpose_layers(target, adapter[target], config, rank)
-    with tensor_files.create_folder(pathlib.Path(directory)) as folder:
+    with tensor_files.create_weights_folder(pathlib.Path(directory)) as folder:
         tensor_files.write_file(folder / WEIGHTS, tensors.items(), FLOAT32)
         tensor_files.write_json(folder / CONFIG, _to_config_json(targets, rank, alpha, base))
     return pathlib.Path(directory)

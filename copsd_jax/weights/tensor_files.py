@@ -66,7 +66,7 @@ def write_json(file: pathlib.Path, value: dict) -> None:
 
 
 @contextlib.contextmanager
-def create_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def create_weights_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """Creates a folder with a temporary name; renames it to `target` if the `with` block succeeds.
 
     The folder gets the name `target` only when its files are complete.

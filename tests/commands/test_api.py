@@ -80,7 +80,7 @@ def logp_by_hand(model: api.Model, policy, prompt, completion) -> np.ndarray:
     ones_1L = jnp.ones_like(ids_1L)
     stream = transformer.Stream(ids_1L, positions_1L, ones_1L, policy.adapter, policy.scale)
     hidden_LD = model.run.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD[0]
-    logits_LV = transformer.compute_logits(hidden_LD, transformer.get_head(policy.params))
+    logits_LV = transformer.compute_model_logits(hidden_LD, transformer.get_head(policy.params))
     z_CV = np.asarray(logits_LV, np.float64)[len(prompt) - 1 : -1]
     z_CV = z_CV - z_CV.max(axis=-1, keepdims=True)
     return z_CV - np.log(np.exp(z_CV).sum(axis=-1, keepdims=True))

@@ -46,7 +46,9 @@ def student_logits(workdir, ids_BL):
         hidden = jax.jit(
             lambda params: r.decoder.apply({"params": params}, (stream,))[0].hidden_BLD
         )(policy.params)
-        return np.asarray(transformer.compute_logits(hidden, transformer.get_head(policy.params)))
+        return np.asarray(
+            transformer.compute_model_logits(hidden, transformer.get_head(policy.params))
+        )
 
 
 IDS = np.random.default_rng(0).integers(0, 1400, (2, 17)).astype(np.int32)
@@ -66,7 +68,7 @@ def test_the_exported_model_is_the_trained_one(trained, tmp_path, capsys):
     hidden = jax.jit(lambda params: decoder.apply({"params": params}, (stream,))[0].hidden_BLD)(
         params
     )
-    found = np.asarray(transformer.compute_logits(hidden, transformer.get_head(params)))
+    found = np.asarray(transformer.compute_model_logits(hidden, transformer.get_head(params)))
     np.testing.assert_allclose(found, student_logits(trained, ids), atol=1e-4)
     # A second export to the same place is refused, and so is a checkpoint that is not there.
     assert export.main(["export", f"--workdir={trained}", f"--out={out}"]) == 2

@@ -105,7 +105,7 @@ def test_the_date_is_that_of_the_first_start(tmp_path, refused, monkeypatch):
     assert known
     said = train.loaded_run.prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])
     assert said.text.startswith("31 Jan 2026")
-    saved = train.run_plan.make_plan(train.run_plan.load_run_config(directory))
+    saved = train.run_plan.make_plan(workdir.load_run_config(directory))
     assert saved.student.date == "2026-01-31"
     message = refused([*argv, "--config.prompt.date=2026-02-01"])
     assert "prompt.date was '2026-01-31', now '2026-02-01'" in message

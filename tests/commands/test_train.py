@@ -108,7 +108,7 @@ def test_rollout_files_hold_what_was_trained_on(whole):
             )
             hidden = r.decoder.apply({"params": policy.params}, (stream,))[0].hidden_BLD
             return jax.nn.log_softmax(
-                transformer.compute_logits(hidden, transformer.get_head(policy.params))
+                transformer.compute_model_logits(hidden, transformer.get_head(policy.params))
             )[0]
 
         alone = lambda *args: np.asarray(forward(*args))  # noqa: E731
@@ -140,7 +140,7 @@ def test_agreement_is_measured_at_the_sampling_temperature():
         rows = runs.batch_at(r.plan.rows, ["en"], (), 8, 0, 0)
         work = distill.make_batch(r, state, rows, 0)
         _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
-        gaps = rollout_records.add_token_values(r, work, jax.device_get(aux))
+        gaps = rollout_records.add_rollout_token_values(r, work, jax.device_get(aux))
         assert gaps["logp_gap_max"] < 1e-4
         record = work.records[0]
         assert np.abs(np.subtract(record["logp_sampler"], record["logp_student"])).max() > 1e-2

@@ -288,7 +288,7 @@ def test_a_saved_run_is_read_with_values_that_nothing_read(tmp_path):
     saved.teacher.thinking = "off"
     saved.lora.targets = ("q", "v")
     workdir.create(tmp_path, config_lib.flat(saved), {})
-    found = run_plan.load_run_config(tmp_path)
+    found = workdir.load_run_config(tmp_path)
     assert config_lib.flat(found) == config_lib.flat(saved)
     plan = run_plan.make_plan(found, train=False)
     assert plan.config.teacher.thinking == "off"
@@ -300,7 +300,7 @@ def test_a_run_trained_with_kernels_of_other_devices_can_be_evaluated_here(tmp_p
     saved = runs.config("opsd")
     saved.model.attention, saved.sampler.attention = "splash", "pallas"
     workdir.create(tmp_path, config_lib.flat(saved), {})
-    plan = run_plan.make_plan(run_plan.load_run_config(tmp_path), train=False)
+    plan = run_plan.make_plan(workdir.load_run_config(tmp_path), train=False)
     assert plan.config.model.attention == plan.config.sampler.attention == "auto"
 
 

@@ -108,12 +108,12 @@ def test_refusals_name_setting_value_and_choices(settings, words):
 def test_top_k_above_the_vocabulary_and_a_mesh_that_does_not_divide():
     for name in ("loss", "rollout", "eval", "author"):
         config = changed(**{f"{name}__top_k": 513})
-        setting_rules.check_vocabulary(config, 513)
+        setting_rules.check_top_k_settings(config, 513)
         with pytest.raises(ValueError, match=rf"{name}\.top_k is 513: the model has 512"):
-            setting_rules.check_vocabulary(config, 512)
-    setting_rules.check_shards(config_lib.default(), 8)
+            setting_rules.check_top_k_settings(config, 512)
+    setting_rules.check_shard_settings(config_lib.default(), 8)
     with pytest.raises(ValueError, match=r"train\.batch is 32: 32 .* over 3 devices"):
-        setting_rules.check_shards(config_lib.default(), 3)
+        setting_rules.check_shard_settings(config_lib.default(), 3)
 
 
 def test_help_has_a_line_with_a_comment_for_every_setting():

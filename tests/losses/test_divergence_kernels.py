@@ -375,10 +375,10 @@ def test_block_sizes():
             continue
         sizes = block_sizes.choose_tpu(kind, width, 151936, train_head=head, **options)
         assert sizes.tokens % sizes.rows == sizes.vocab % 128 == 0
-        need = block_sizes.vmem_bytes(sizes, width, train_head=head, **options)
-        assert need < block_sizes.vmem_limit(need) <= vmem
+        need = block_sizes.count_loss_vmem(sizes, width, train_head=head, **options)
+        assert need < block_sizes.compute_loss_vmem_limit(need) <= vmem
         assert (
-            block_sizes.vmem_limit(need) >= need + min(14 * block_sizes.MIB, vmem // 4)
+            block_sizes.compute_loss_vmem_limit(need) >= need + min(14 * block_sizes.MIB, vmem // 4)
             or vmem > 2**24
         )
     assert block_sizes.choose_gpu("NVIDIA H200", 4096, 151936, jnp.bfloat16).tokens == 512

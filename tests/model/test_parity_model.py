@@ -60,7 +60,7 @@ def pair(request, tmp_path_factory):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, stream):
     (out,) = transformer.Decoder(config, jnp.float32).apply({"params": params}, (stream,))
-    return transformer.compute_logits(out.hidden_BLD, transformer.get_head(params)), out.cache
+    return transformer.compute_model_logits(out.hidden_BLD, transformer.get_head(params)), out.cache
 
 
 def _theirs(theirs, ids) -> np.ndarray:

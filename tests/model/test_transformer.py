@@ -418,7 +418,7 @@ def test_bfloat16_stays_near_float32():
         error = np.abs(np.asarray(out.hidden_BLD, np.float32) - np.asarray(exact.hidden_BLD))
         assert error.mean() < 0.02 * np.abs(exact.hidden_BLD).mean()
         head = transformer.get_head(weights).astype(jnp.bfloat16)
-        assert transformer.compute_logits(out.hidden_BLD, head).dtype == F32
+        assert transformer.compute_model_logits(out.hidden_BLD, head).dtype == F32
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -427,7 +427,7 @@ def test_head_and_logits(family):
     leaf = params["head"]["kernel"] if family == "llama" else params["embed"]["embedding"]
     hidden = np.random.default_rng(0).normal(size=(2, 3, 32))
     expected = hidden @ np.asarray(leaf, np.float64).T
-    got = transformer.compute_logits(jnp.asarray(hidden, F32), transformer.get_head(params))
+    got = transformer.compute_model_logits(jnp.asarray(hidden, F32), transformer.get_head(params))
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

@@ -277,9 +277,9 @@ def test_examples_of_tfds():
     record = record_files.read_example(3, example)
     assert record.where == "row 3"
     assert "solution" not in record.fields
-    assert sources.convert_to_text("answer", record.fields["answer"]) == "0.5"
+    assert sources.convert_problem_field("answer", record.fields["answer"]) == "0.5"
     with pytest.raises(sources.UnusableValue, match="x is not text"):
-        sources.convert_to_text("x", vector)
+        sources.convert_problem_field("x", vector)
     assert not sources.is_true(vector)
     assert sources.is_true(np.int64(1))
     assert sources.is_blank(np.float32("nan"))

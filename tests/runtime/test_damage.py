@@ -203,7 +203,7 @@ def test_an_old_run_has_its_settings_in_config_json_alone(directory, how):
 @pytest.mark.parametrize("left", [{}, {"train.steps": 3}])
 def test_a_config_that_lacks_settings_is_damaged(directory, capsys, left):
     (directory / "config.json").write_text(json.dumps(left))
-    assert workdir.read_settings(directory) == workdir.listed(SETTINGS)
+    assert workdir.read_settings(directory) == workdir.convert_to_json(SETTINGS)
     name = min(SETTINGS.keys() - left.keys())
     said = f"config.json has no '{name}': the settings of the last start are taken from run.json"
     assert said in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_a_kill_between_the_files_of_a_start(tmp_path, monkeypatch, capsys, firs
     assert found.known == (not first or writes > 0)
     continuation.compare_facts(tmp_path, facts, found.changed)
     workdir.create(tmp_path, new, facts)
-    assert workdir.read_settings(tmp_path) == workdir.listed(new)
+    assert workdir.read_settings(tmp_path) == workdir.convert_to_json(new)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import eval_tables, metric_files
 from copsd_jax.problems import problem_row
 from copsd_jax.runtime import bad_steps, continuation, failures, run_lock, tries, workdir
-from copsd_jax.training import guards, run_facts, run_plan, table_rules
+from copsd_jax.training import guards, run_facts, table_rules
 from copsd_jax.weights import initial_weights
 
 optax_promotes = runs.optax_promotes
@@ -61,12 +61,12 @@ def built(tmp_path):
     """The work directory of an old program, and a start of today's."""
     ignored = shutil.ignore_patterns("state", "tensorboard")
     folder = shutil.copytree(OLD_RUN, tmp_path / "built", ignore=ignored)
-    config = run_plan.load_run_config(folder)
+    config = workdir.load_run_config(folder)
     settings = config_lib.flat(config)
     kinds = ("tokenizer", "prompt", "languages", "functions", "served")
     words = {kind: {"a": "b"} for kind in kinds}
     facts = {
-        **continuation.collect_environment(),
+        **continuation.collect_run_environment(),
         "identity": {**words, "jax": continuation.read_jax_options()},
     }
     first = workdir.read_starts(folder / "run.json")[0]
@@ -116,7 +116,7 @@ def check(run, folder):
     config = config_lib.default()
     config_lib.assign(config, run.settings | found.taken)
     assert continuation.choose_date(folder)
-    assert isinstance(continuation.read_first_fact(folder, "model", ""), str)
+    assert isinstance(continuation.read_fact_of_first_start(folder, "model", ""), str)
     continuation.compare_facts(folder, run.facts, found.changed)
     workdir.check_files(folder)
     metric_files.check_file(folder)
@@ -137,7 +137,7 @@ def go_on(run, folder, config):
     written = metric_files.read_metric_lines(folder, 2)
     bad_steps.BadSteps(folder, 3, written)
     summary.summarize_totals(folder, 3)
-    metric_files.count_failed(folder, 3)
+    metric_files.count_failed_metric_lines(folder, 3)
     steps = (
         lambda: train._restore_guards(type("Plan", (), {"guards": RULES}), folder, 2, written),
         lambda: evaluate._read_partial_evaluation(
@@ -151,7 +151,7 @@ def go_on(run, folder, config):
 
 def load(folder):
     """Reads the settings as `evaluate`, `export`, `replay` and another run do."""
-    config = run_plan.load_run_config(folder)
+    config = workdir.load_run_config(folder)
     source = initial_weights.find_source(f"{folder}/checkpoints/2")
     assert source.settings.keys() >= config_lib.SETTINGS.keys()
     settings = config_lib.flat(config) | {"model.init": "random"}

@@ -110,7 +110,7 @@ def test_sampled_tokens_are_those_of_one_device(name):
     config, tensor = CASES[name]
     params, adapter = trees(config)
     sampling = [request.Sampling(10, 1.1), request.Sampling(10, 1.1, top_k=40, top_p=0.9)] * 3
-    keys = request.derive_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
+    keys = request.derive_sampling_keys(0, "rollout", 0, [str(i) for i in range(6)], [0] * 6)
 
     def run(decoder, policy):
         prefix = shared_prefix.encode_prefix_ids(decoder, policy, (7, 250, 31))
@@ -139,7 +139,7 @@ def test_padding_is_never_drawn():
     config = CASES[FIRST][0]
     params = trees(config)[0] | {"head": {"kernel": jnp.zeros((509, 64), jnp.float32)}}
     devices = sharding.make_mesh(1, 1, 8)
-    keys = request.derive_keys(0, "rollout", 0, [str(i) for i in range(16)], [0] * 16)
+    keys = request.derive_sampling_keys(0, "rollout", 0, [str(i) for i in range(16)], [0] * 16)
     with jax.set_mesh(devices):
         placed = sharding.shard_by_name(params, devices, config.n_kv_heads)
         out = loop.generate(

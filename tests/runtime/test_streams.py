@@ -27,8 +27,8 @@ KEPT = "漢字 é e\u0301 में\u200d फ़ فارسی\u200cها שלום\u
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_control_characters_are_spelled(text):
-    assert streams.escape(text) == HOSTILE[text]
-    assert streams.escape(f"{KEPT}{text}") == KEPT + HOSTILE[text]
+    assert streams.escape_stream_text(text) == HOSTILE[text]
+    assert streams.escape_stream_text(f"{KEPT}{text}") == KEPT + HOSTILE[text]
 
 
 def test_a_terminal_gets_no_control_characters():

@@ -121,7 +121,7 @@ def test_int8_kernels():
 def test_int8_weights_on_a_mesh_and_in_the_sampler():
     params, adapter = trees()
     prompts, sampling = [(5, 6), (7,)], request.Sampling(8, temperature=0.0)
-    keys = request.derive_keys(0, "rollout", 0, ["a", "b"], [0, 0])
+    keys = request.derive_sampling_keys(0, "rollout", 0, ["a", "b"], [0, 0])
     texts = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         devices = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])

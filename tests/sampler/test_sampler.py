@@ -41,7 +41,7 @@ def prefix():
 
 def keys_of(prompts, seed=0):
     names = [f"row {i}" for i in range(len(prompts))]
-    return request.derive_keys(seed, "rollout", 0, names, [0] * len(prompts))
+    return request.derive_sampling_keys(seed, "rollout", 0, names, [0] * len(prompts))
 
 
 SIZES = [field.name for field in dataclasses.fields(request.SamplerSettings)]
@@ -73,7 +73,7 @@ def _forward(tokens_BL, lengths_B, tree, length):
     positions = jnp.broadcast_to(index_L[None], tokens_BL.shape)
     segments = (index_L[None] < lengths_B[:, None]).astype(jnp.int32)
     out = DECODER.apply({"params": tree}, (transformer.Stream(tokens_BL, positions, segments),))[0]
-    return transformer.compute_logits(out.hidden_BLD, transformer.get_head(tree))
+    return transformer.compute_model_logits(out.hidden_BLD, transformer.get_head(tree))
 
 
 def predicting(prompts, completions, shared=PREFIX, tree=None):
@@ -520,7 +520,7 @@ def test_memory_that_is_not_there(monkeypatch):
 def test_keys():
     """The chain by hand; every part counts; nothing else does."""
     rows = ["a", "a", "b", "a"]
-    keys = np.asarray(request.derive_keys(1, "evaluation", 2, rows, [0, 1, 0, 0]))
+    keys = np.asarray(request.derive_sampling_keys(1, "evaluation", 2, rows, [0, 1, 0, 0]))
     assert keys.dtype == np.uint32
     assert keys.shape == (4, 2)
     fold = jax.random.fold_in
@@ -528,11 +528,11 @@ def test_keys():
     by_hand = functools.reduce(fold, words, jax.random.key(1, impl="threefry2x32"))
     np.testing.assert_array_equal(keys[1], jax.random.key_data(by_hand))
     np.testing.assert_array_equal(keys[0], keys[3])
-    others = [request.derive_keys(*a, ["a"], [0]) for a in
+    others = [request.derive_sampling_keys(*a, ["a"], [0]) for a in
               ((1, "rollout", 2), (1, "evaluation", 3), (2, "evaluation", 2))]  # fmt: skip
     assert len({tuple(k) for k in [*keys[:3].tolist(), *(np.asarray(o)[0] for o in others)]}) == 6
     with pytest.raises(ValueError, match=r"purpose is 'x': the choices are rollout, evaluation"):
-        request.derive_keys(0, "x", 0, [], [])
+        request.derive_sampling_keys(0, "x", 0, [], [])
 
 
 def test_a_prompt_may_be_an_array():

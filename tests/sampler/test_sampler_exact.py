@@ -71,7 +71,8 @@ def texts(name, sampling, way=WAYS[0], cache=None):
     slots, steps, pack, length, backwards, devices = way
     config, decoder = CONFIGS[name][0], transformer.Decoder(CONFIGS[name][0], jnp.float32)
     asked = prompts(name)[: served(name, way)]
-    keys = np.asarray(request.derive_keys(7, "rollout", 0, [str(i) for i in range(len(asked))],
+    names = [str(i) for i in range(len(asked))]
+    keys = np.asarray(request.derive_sampling_keys(7, "rollout", 0, names,
                                        [0] * len(asked)))  # fmt: skip
     order = range(len(asked))[:: -1 if backwards else 1]
     with jax.set_mesh(sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])):
@@ -99,7 +100,7 @@ def _forward(config):
         out = decoder.apply(
             {"params": tree}, (transformer.Stream(tokens_BL, positions, segments),)
         )[0]
-        return transformer.compute_logits(out.hidden_BLD, transformer.get_head(tree))
+        return transformer.compute_model_logits(out.hidden_BLD, transformer.get_head(tree))
 
     return jax.jit(run)
 
@@ -209,7 +210,7 @@ def test_50_000_samples_have_the_truncated_distribution():
         transformer.init_params(config, jax.random.key(0), F32),
     )
     sampling = request.Sampling(1, temperature=1.3, top_k=60, top_p=0.9, min_p=0.02)
-    keys = request.derive_keys(3, "rollout", 0, ["row"] * count, range(count))
+    keys = request.derive_sampling_keys(3, "rollout", 0, ["row"] * count, range(count))
     out = loop.generate(
         decoder, policy_lib.Policy(tree), [(5, 6, 7)] * count, sampling, keys=keys,
         settings=request.SamplerSettings(slots=2_000, steps=1),
@@ -237,7 +238,7 @@ def test_50_000_samples_have_the_truncated_distribution():
 def test_oracle_sees_a_prefix_as_plain_tokens():
     """The prefix of the engine is what its tokens are: else the tests above would miss it."""
     name, decoder = "tiny qwen3", transformer.Decoder(TINY, jnp.float32)
-    keys = request.derive_keys(0, "rollout", 0, ["a"], [0])
+    keys = request.derive_sampling_keys(0, "rollout", 0, ["a"], [0])
     sampling = request.Sampling(20, temperature=0.0)
     policy = policy_lib.Policy(weights(name))
     run = functools.partial(loop.generate, decoder, policy, keys=keys, sampling=sampling)

@@ -470,9 +470,9 @@ def test_the_bound_of_the_gap(capsys):
     served = {"sampler__engine": "server", "sampler__url": "http://h/v1", "sampler__model": "m"}
     config = runs.config("opsd", **served)
     config.model.dtype = "float32"
-    check = lambda gap: sampler_server.check_server_gap(config, 7, {"logp_gap_max": gap})  # noqa: E731
+    check = lambda gap: sampler_server.check_sampler_server_gap(config, 7, {"logp_gap_max": gap})  # noqa: E731
     assert check(float("nan")) == []  # of a bad step, which has its own message
-    assert check(0.01) == sampler_server.check_server_gap(config, 7, {}) == []
+    assert check(0.01) == sampler_server.check_sampler_server_gap(config, 7, {}) == []
     [line] = check(0.06)  # the gap of a server that kept its old head
     assert line.startswith("warning: step 7: logp_gap_max is 0.06, above 0.01 (guards.logp_gap): ")
     config.model.dtype = "bfloat16"

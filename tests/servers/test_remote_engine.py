@@ -253,7 +253,7 @@ def server_of(engine, **changes: object) -> remote_engine.EngineServer:
 
 
 def keys_of(n: int, seed: int = 0):
-    return request.derive_keys(seed, "rollout", 0, [f"row {i}" for i in range(n)], [0] * n)
+    return request.derive_sampling_keys(seed, "rollout", 0, [f"row {i}" for i in range(n)], [0] * n)
 
 
 def generate(server, prompts, sampling: Any = PLAIN, **more):
@@ -287,7 +287,7 @@ def _forward(ids_1L, tree):
     positions = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
     stream = transformer.Stream(ids_1L, positions, jnp.ones_like(ids_1L))
     hidden = DECODER.apply({"params": tree}, (stream,))[0].hidden_BLD[0]
-    return transformer.compute_logits(hidden, transformer.get_head(tree))
+    return transformer.compute_model_logits(hidden, transformer.get_head(tree))
 
 
 def by_model(ids):

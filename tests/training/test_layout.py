@@ -61,6 +61,6 @@ def test_empty_prompt_and_unequal_lists_are_refused():
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 256, 257, 2048, 2049, 5000])
 def test_bucket_is_no_shorter_and_wastes_little(length):
-    size = layout.pad_length(length)
+    size = layout.pad_row_length(length)
     assert size >= length
     assert size - length < max(32, length / 4 + 1)

@@ -40,7 +40,11 @@ def stepped(r, state, row):
     work = table.METHODS[r.plan.config.method].make_batch(r, state, [row], 0)
     _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
     aux = jax.device_get(aux)
-    return work, {**aux.metrics, **work.metrics, **rollout_records.add_token_values(r, work, aux)}
+    return work, {
+        **aux.metrics,
+        **work.metrics,
+        **rollout_records.add_rollout_token_values(r, work, aux),
+    }
 
 
 SETTINGS = {

@@ -122,7 +122,7 @@ def test_row_20_adapters_of_all_linear_layers_are_read(reports):
             ids_BL, positions_BL, jnp.ones_like(ids_BL), found.read(), found.alpha / found.rank
         )
         hidden_BLD = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-        ours = transformer.compute_logits(hidden_BLD, transformer.get_head(params))
+        ours = transformer.compute_model_logits(hidden_BLD, transformer.get_head(params))
         theirs = np.load(reports / "peft" / f"{name}.npy").reshape(ours.shape)
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -29,7 +29,7 @@ def stepped(r, state, rows):
     _, aux = r.step(state, r.frozen, work.batch, work.student_prefix, work.teacher_kv)
     aux = jax.device_get(aux)
     values = {**rollout_records.drop_empty_means(r.options.policy, aux.metrics), **work.metrics}
-    return work, values | rollout_records.add_token_values(r, work, aux)
+    return work, values | rollout_records.add_rollout_token_values(r, work, aux)
 
 
 def over(records, name, mask):

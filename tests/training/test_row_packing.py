@@ -68,7 +68,8 @@ def test_rows_of_a_long_tail_are_nine_tenths_full(B, group, shards):
             live = counted(completions, sides, plan)
             assert live >= 0.9 * plan.micros * shards * tokens(plan)
             alone = sum(
-                B * layout.pad_length(max(np.add(side.prompts_B, completions))) for side in sides
+                B * layout.pad_row_length(max(np.add(side.prompts_B, completions)))
+                for side in sides
             )
             assert plan.micros * shards * tokens(plan) < 0.6 * alone
 

@@ -82,7 +82,7 @@ def forward(decoder, params, adapter, ids_1L):
     positions = jnp.arange(ids_1L.shape[1], dtype=jnp.int32)[None]
     stream = transformer.Stream(ids_1L, positions, jnp.ones_like(ids_1L), adapter, SCALE)
     hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-    return transformer.compute_logits(hidden, transformer.get_head(params))[0]
+    return transformer.compute_model_logits(hidden, transformer.get_head(params))[0]
 
 
 def log_softmax_by_hand(decoder, params, adapter, prompt, completion):

@@ -217,7 +217,7 @@ def test_the_newest_checkpoint_is_fixed_at_the_start(tmp_path, capsys):
         runs.loaded("opsd", **SETTINGS) as (_, state),
     ):
         checkpoints.save(4, state)
-    assert initial_weights.name_checkpoint(str(other)) == f"{other}/checkpoints/4"
+    assert initial_weights.resolve_initial_weights(str(other)) == f"{other}/checkpoints/4"
     assert main.main(argv) == 0
     assert workdir.read_settings(tmp_path / "w")["model.init_from"] == f"{other}/checkpoints/3"
     capsys.readouterr()

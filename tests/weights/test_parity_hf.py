@@ -44,7 +44,7 @@ def _logits(decoder: transformer.Decoder, params: dict, tokens_BL: jax.Array) ->
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     stream = transformer.Stream(tokens_BL, positions_BL, jnp.ones_like(tokens_BL))
     (out,) = decoder.apply({"params": params}, (stream,))
-    return transformer.compute_logits(out.hidden_BLD, transformer.get_head(params))
+    return transformer.compute_model_logits(out.hidden_BLD, transformer.get_head(params))
 
 
 def check_greedy_text(theirs, decoder, params, ids):

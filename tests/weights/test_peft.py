@@ -271,7 +271,7 @@ def test_torch_gives_the_logits_of_base_and_adapter(tmp_path):
     )
     decoder = transformer.Decoder(CONFIG, jnp.float32)
     hidden = decoder.apply({"params": params}, (stream,))[0].hidden_BLD
-    ours = np.asarray(transformer.compute_logits(hidden, transformer.get_head(params)))
+    ours = np.asarray(transformer.compute_model_logits(hidden, transformer.get_head(params)))
     found = logits()
     assert np.abs(found - bare).max() > 0.1
     np.testing.assert_allclose(ours, found, atol=1e-4)
@@ -309,7 +309,7 @@ def test_peft_itself(tmp_path, family):
     stream = transformer.Stream(ids, positions, jnp.ones_like(ids), tree, ALPHA / RANK)
     hidden = transformer.Decoder(config, jnp.float32).apply({"params": params}, (stream,))[0]
     head = transformer.get_head(params)
-    ours = np.asarray(transformer.compute_logits(hidden.hidden_BLD, head))
+    ours = np.asarray(transformer.compute_model_logits(hidden.hidden_BLD, head))
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(ours.argmax(-1)[:, 8:-1], text[:, 9:].numpy())
     theirs.save_pretrained(tmp_path / "again")

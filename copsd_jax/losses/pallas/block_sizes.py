@@ -65,12 +65,12 @@ def choose_tpu(
       ValueError: not even the smallest tiles fit at this width.
     """
     chip = hardware.CHIPS.get(kind, SMALLEST)
-    budget = chip.vmem - spare_vmem(chip.vmem)
+    budget = chip.vmem - _compute_spare_loss_vmem(chip.vmem)
     most = STORED_SHARE * chip.memory / (vocabulary * kept_bytes(dtype))
     for tile in (1024, 512, 256, 128):
         for tokens in (4096, 2048, 1536, 1024, 512, 256, 128):
             sizes = Blocks(tokens, tile, min(256, tokens))
-            need = vmem_bytes(sizes, width, dtype, tied=tied, train_head=train_head)
+            need = count_loss_vmem(sizes, width, dtype, tied=tied, train_head=train_head)
             # Before the block shrinks below 1,024 tokens, the tile shrinks to the width that the
             # matrix unit needs. In a block with few tokens, the matrix unit would wait for the head
             # to load.
@@ -83,12 +83,12 @@ def choose_tpu(
     )
 
 
-def spare_vmem(vmem: int) -> int:
+def _compute_spare_loss_vmem(vmem: int) -> int:
     """Returns how many bytes of a chip's VMEM the blocks must leave free."""
     return min(SPARE_VMEM, vmem // 4)
 
 
-def vmem_limit(need: int) -> int:
+def compute_loss_vmem_limit(need: int) -> int:
     """Returns the VMEM limit, in bytes, for compiling a kernel that needs `need` bytes.
 
     The limit is valid on every chip for which `choose_tpu` returns a block that needs `need` bytes.
@@ -96,10 +96,12 @@ def vmem_limit(need: int) -> int:
     chip, every chip that it fits on has at least `need` + SPARE_VMEM bytes of VMEM.
     """
     least = SMALLEST.vmem
-    return least if need <= least - spare_vmem(least) else need + SPARE_VMEM
+    return least if need <= least - _compute_spare_loss_vmem(least) else need + SPARE_VMEM
 
 
-def vmem_bytes(sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool) -> int:
+def count_loss_vmem(
+    sizes: Blocks, width: int, dtype: jnp.dtype, *, tied: bool, train_head: bool
+) -> int:
     """Returns how many bytes of VMEM the most demanding pass needs.
 
     Tiles that move with the grid have two buffers, so that the next tile can load while the current

@@ -336,7 +336,7 @@ def _grid(blocks: block_sizes.Blocks, size: int) -> tuple[int, int]:
 
 def _params(need: int, *order: Any) -> pltpu.CompilerParams:
     """Returns compiler parameters; a chip's two cores split the axes marked parallel in `order`."""
-    limit = block_sizes.vmem_limit(need)
+    limit = block_sizes.compute_loss_vmem_limit(need)
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=limit)
 
 
@@ -349,7 +349,7 @@ def _logits_pass(settings, blocks, interpret, here_1, hidden, heads) -> tuple:
     grid = _grid(blocks, size)
     head, stored, numbers = _build_sweep_specs(blocks, width)
     stored_dtypes = (jnp.int32,) if dtype == jnp.bfloat16 else (jnp.float32,) * 2
-    need = block_sizes.vmem_bytes(blocks, width, dtype, tied=len(heads) == 1, train_head=False)
+    need = block_sizes.count_loss_vmem(blocks, width, dtype, tied=len(heads) == 1, train_head=False)
     entries = (blocks.tokens, grid[0] * blocks.vocab)
     *stored_TV, stats_I8T = pl.pallas_call(
         functools.partial(_logits_kernel, settings, len(heads)),
@@ -416,7 +416,7 @@ def _gradient_pass(
         operands += head_part
         in_specs += [_whole(head_part[0]), head]
         outs.append((jax.ShapeDtypeStruct((size, width), jnp.float32), head))
-    need = block_sizes.vmem_bytes(blocks, width, dtype, tied=True, train_head=train_head)
+    need = block_sizes.count_loss_vmem(blocks, width, dtype, tied=True, train_head=train_head)
     out = pl.pallas_call(
         functools.partial(_gradient_kernel, settings, fused, len(stored), train_head),
         grid=_grid(blocks, size),
