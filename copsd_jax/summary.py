@@ -40,19 +40,19 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
         f"{np.dtype(plan.dtype).name}), {c.model.init}",
         f"  trained     {size['trained']:,} parameters ({c.train.trainable}{rank})",
         f"  loss        {_summarize_loss(c)} ({backends.choose_loss(c, platform)})",
-        f"  attention   {_format_attention(plan)}; remat {c.model.remat}",
+        f"  attention   {_summarize_attention(plan)}; remat {c.model.remat}",
         f"  problems    {c.data.path}: {_summarize_languages(plan.rows)}; "
-        f"dropped: {_format_counts(plan.dropped)}{_describe_golds(c.reward.kind, plan.rows)}",
+        f"dropped: {_summarize_counts(plan.dropped)}{_summarize_golds(c.reward.kind, plan.rows)}",
         f"  evaluation  {c.eval.path or 'none'}: {_summarize_languages(plan.eval_rows)}; dropped: "
-        f"{_format_counts(plan.eval_dropped)}{_describe_golds(c.reward.kind, plan.eval_rows)}",
-        *_describe_data(plan),
+        f"{_summarize_counts(plan.eval_dropped)}{_summarize_golds(c.reward.kind, plan.eval_rows)}",
+        *_summarize_data(plan),
         f"  a step      {spell(c.train.batch, 'problem')} x "
         f"{spell(c.rollout.per_prompt, 'completion')} of at most {c.rollout.max_tokens} tokens = "
         f"at most {completions * c.rollout.max_tokens:,} tokens; {spell(c.train.steps, 'step')}",
         f"  prompts     at most {plan.longest['student']} tokens (student), "
         f"{plan.longest['teacher']} (teacher)",
         f"  devices     {plan.mesh.size} x {platform}, mesh {dict(plan.mesh.shape)}",
-        *([f"  whole       {uneven}"] if (uneven := memory.describe_undivided(plan)) else []),
+        *([f"  whole       {uneven}"] if (uneven := memory.report_undivided_memory(plan)) else []),
         f"  memory      {held} (on each device, without the temporaries of programs)",
         f"  directory   {directory}" + (" (continued)" if continued else ""),
     ]
@@ -88,7 +88,7 @@ def _count_parameters(plan: run_plan.Plan) -> dict[str, int]:
     return {"base": count(base), "trained": count(trained)}
 
 
-def _describe_golds(kind: str, rows: list[problem_row.Row]) -> str:
+def _summarize_golds(kind: str, rows: list[problem_row.Row]) -> str:
     """Counts the rows without a gold answer, and the gold answers that the grader cannot read."""
     golds = {row.id: row.answer for row in rows if row.answer}
     said = ""
@@ -100,7 +100,7 @@ def _describe_golds(kind: str, rows: list[problem_row.Row]) -> str:
     return said
 
 
-def _describe_data(plan: run_plan.Plan) -> list[str]:
+def _summarize_data(plan: run_plan.Plan) -> list[str]:
     """Describes data that may not be what the user wants, one line each."""
     c, lines = plan.config, []
     counts = collections.Counter(row.lang for row in plan.rows)
@@ -119,7 +119,7 @@ def _describe_data(plan: run_plan.Plan) -> list[str]:
     return lines
 
 
-def _format_attention(plan: run_plan.Plan) -> str:
+def _summarize_attention(plan: run_plan.Plan) -> str:
     """Names the implementations of row attention and of decode attention."""
     platform = sharding.platform(plan.mesh)
     name = backends.choose_row_attention(plan.config, platform, plan.dtype, plan.model_config)
@@ -157,7 +157,7 @@ def _summarize_languages(rows: list[problem_row.Row]) -> str:
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
 
 
-def _format_counts(counter: collections.Counter) -> str:
+def _summarize_counts(counter: collections.Counter) -> str:
     """Renders each count with its reason; returns "none" if nothing was counted."""
     return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
 

@@ -80,24 +80,24 @@ def parse_arrays(text: str) -> list[tuple[str, tuple[int, ...], bool]]:
     ]
 
 
-def array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
+def count_hlo_array_bytes(array: tuple[str, tuple[int, ...], bool]) -> float:
     """Returns the number of bytes of an array that `parse_arrays` returned."""
     kind, shape, _ = array
     bits = re.match(r"[a-z]+(\d+)", "pred8" if kind == "pred" else kind)  # None for type `token`
     return math.prod(shape) * int(bits[1] if bits else 0) / 8
 
 
-def main_memory_bytes(text: str) -> float:
+def count_hlo_main_bytes(text: str) -> float:
     """Returns how many bytes of a result are in main memory."""
-    return sum(array_bytes(array) for array in parse_arrays(text) if array[2])
+    return sum(count_hlo_array_bytes(array) for array in parse_arrays(text) if array[2])
 
 
-def total_bytes(text: str) -> float:
+def count_hlo_bytes(text: str) -> float:
     """Returns how many bytes a result has, in main memory and on-chip memory together."""
-    return sum(map(array_bytes, parse_arrays(text)))
+    return sum(map(count_hlo_array_bytes, parse_arrays(text)))
 
 
-def constant_value(op: Op) -> int | None:
+def read_hlo_constant(op: Op) -> int | None:
     """Returns the value of a scalar integer constant; None for any other instruction."""
     scalar = op.kind == "constant" and re.match(r"[su]\d+\[\]", op.result)
     return int(op.operands[0]) if scalar and re.fullmatch(r"-?\d+", op.operands[0]) else None
@@ -112,27 +112,27 @@ def parse_replica_groups(rest: str, devices: int) -> list[list[int]]:
     `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}`.
     """
     if found := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest):
-        return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+        return [_parse_hlo_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
-        return _expand_hlo_iota(found[2]).reshape(_integers(found[1])).tolist()
+        return _expand_hlo_iota(found[2]).reshape(_parse_hlo_integers(found[1])).tolist()
     named = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
     if found := re.search(named, rest):
-        return _named_groups(*found.groups())
+        return _parse_hlo_named_groups(*found.groups())
     return [list(range(devices))]
 
 
-def _integers(text: str) -> list[int]:
+def _parse_hlo_integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
 def _expand_hlo_iota(text: str) -> np.ndarray:
     """Returns the array for a text such as `[2,3]T(1,0)`, meaning `arange(6).reshape(2, 3).T`."""
     ((shape, turn),) = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?$", text)
-    ids = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
-    return ids.transpose(_integers(turn)) if turn else ids
+    ids = np.arange(math.prod(_parse_hlo_integers(shape))).reshape(_parse_hlo_integers(shape))
+    return ids.transpose(_parse_hlo_integers(turn)) if turn else ids
 
 
-def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
+def _parse_hlo_named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[int]]:
     """Returns the groups of devices that exchange data along the named axes.
 
     `'a':(2)3` names a part of axis 'a': the sub-axis of size 3 inside an outer sub-axis of size 2.
@@ -140,7 +140,11 @@ def _named_groups(sizes: str, order: str | None, exchanged: str) -> list[list[in
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     ids = np.arange(math.prod(axes.values()))
     if order:
-        ids = _expand_hlo_iota(order) if "[" in order else np.array(_integers(order.strip("{}")))
+        ids = (
+            _expand_hlo_iota(order)
+            if "[" in order
+            else np.array(_parse_hlo_integers(order.strip("{}")))
+        )
     parts: dict[str, list[tuple[str, int]]] = {name: [(name, size)] for name, size in axes.items()}
     chosen = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", exchanged):

@@ -37,7 +37,7 @@ class HeldArrays(NamedTuple):
     kept: dict | None
 
 
-def held_arrays(
+def list_held_arrays(
     frame: run_plan.ProgramPlan,
     *,
     call: Callable[..., Any] = lambda program, *args: program.eval_shape(*args),
@@ -61,12 +61,12 @@ def held_arrays(
     return HeldArrays(base, frozen, state, sampler, hand_over.kept())
 
 
-def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
+def count_resident_memory(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str, int]:
     """Returns the bytes that each part of a run holds on each device at all times.
 
     Args:
       frame: the settings.
-      arrays: the result of `held_arrays`.
+      arrays: the result of `list_held_arrays`.
 
     Returns:
       The bytes of `weights`, `adapters`, `optimizer` and `average`. The part `average` is the
@@ -82,12 +82,12 @@ def count_resident(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> dict[str,
     }
 
 
-def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> int:
+def count_sampler_memory(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> int:
     """Returns the bytes that the sampler's own copies of weights take on each device.
 
     Args:
       frame: the settings.
-      arrays: the result of `held_arrays`.
+      arrays: the result of `list_held_arrays`.
     """
     lora = frame.config.train.trainable == "lora"
     policy = arrays.sampler
@@ -98,7 +98,7 @@ def count_sampler_weights(frame: run_plan.ProgramPlan, arrays: HeldArrays) -> in
     return copies if lora else copies + sharding.count_device_bytes(arrays.base)
 
 
-def count_decode_state(frame: run_plan.ProgramPlan, section: str, tokens: int) -> int:
+def count_decode_memory(frame: run_plan.ProgramPlan, section: str, tokens: int) -> int:
     """Returns the bytes that the decode cache and the state of its slots take on each device.
 
     Args:
@@ -125,19 +125,19 @@ def summarize_memory(plan: run_plan.Plan) -> dict[str, int]:
 
     The decode cache of rollouts is counted, but the temporary memory of programs is not.
     """
-    arrays = held_arrays(plan)
-    held = count_resident(plan, arrays)
+    arrays = list_held_arrays(plan)
+    held = count_resident_memory(plan, arrays)
     tokens = plan.longest["student"] + plan.config.rollout.max_tokens + engine.INSERT_BLOCK
     samples = plan.server is None and config_lib.traits(plan.config).samples
-    weights = held.pop("weights") + (count_sampler_weights(plan, arrays) if samples else 0)
+    weights = held.pop("weights") + (count_sampler_memory(plan, arrays) if samples else 0)
     return {
         "weights": weights,
         "training state": sum(held.values()),
-        "decode cache": count_decode_state(plan, "rollout", tokens) if samples else 0,
+        "decode cache": count_decode_memory(plan, "rollout", tokens) if samples else 0,
     }
 
 
-def describe_undivided(frame: run_plan.ProgramPlan) -> str:
+def report_undivided_memory(frame: run_plan.ProgramPlan) -> str:
     """Describes the parameters that an axis of the mesh should split but cannot.
 
     Returns:

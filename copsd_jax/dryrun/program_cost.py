@@ -90,7 +90,9 @@ class Analysis:
         return self.temporary + max(0, self.outputs - self.aliased)
 
 
-def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 1) -> Analysis:
+def analyse_program(
+    name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 1
+) -> Analysis:
     """Returns the costs of a compiled program.
 
     Args:
@@ -100,7 +102,7 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
       mesh: the mesh whose axis names describe the collectives; None for one device.
       turns: number of iterations to assume for a loop of unknown length.
     """
-    costs, collectives = read_text(program.as_text(), mesh, turns=turns)
+    costs, collectives = read_program_text(program.as_text(), mesh, turns=turns)
     memory = program.memory_analysis()
     return Analysis(
         name, seconds,
@@ -110,7 +112,7 @@ def analyse(name: str, program: Any, seconds: float, mesh: Any, *, turns: int = 
     )  # fmt: skip
 
 
-def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
+def estimate_roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float]:
     """Returns roofline estimates of computation time and communication time, in seconds.
 
     Each instruction is assumed to take the time of its FLOPs or of its bytes, whichever is longer.
@@ -121,7 +123,7 @@ def roofline_seconds(found: Analysis, chip: hardware.Chip) -> tuple[float, float
     return own, sum(c.bytes * c.times / rates[c.network] for c in found.collectives)
 
 
-def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
+def sum_collectives_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
     """Adds up the collectives as {axes: {kind: [number of runs, bytes that a device sends]}}."""
     out: dict[str, dict[str, list]] = {}
     for one in found.collectives:
@@ -134,11 +136,11 @@ def sum_by_axes(found: Analysis) -> dict[str, dict[str, list]]:
 # --- text -------------------------------------------------------------------------------------
 
 
-def read_text(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
+def read_program_text(text: str, mesh: Any = None, *, turns: int = 1) -> tuple[tuple, tuple]:
     """Returns the instruction costs and the collectives that a program's text contains."""
     found, entry = hlo.parse_computations(text)
     program = _Program(found, mesh, turns, [], [], set())
-    _walk(program, entry, 1)
+    _walk_hlo_computation(program, entry, 1)
     return tuple(program.costs), tuple(program.collectives)
 
 
@@ -154,28 +156,32 @@ class _Program(NamedTuple):
 # --- walking ----------------------------------------------------------------------------------
 
 
-def _walk(program: _Program, name: str, times: int) -> None:
+def _walk_hlo_computation(program: _Program, name: str, times: int) -> None:
     ops = program.computations[name]
     for op in ops.values():
         if op.kind == "while":
-            _walk(
+            _walk_hlo_computation(
                 program, _read_hlo_attribute(op, "body"), times * _read_hlo_trip_count(program, op)
             )
         elif op.kind in ("call", "async-start"):
-            if inner := _called(op):
-                _walk(program, inner, times)
+            if inner := _find_called_computation(op):
+                _walk_hlo_computation(program, inner, times)
         elif op.kind == "conditional":
             _cost_dearest_branch(program, op, times)
         elif op.kind == "send":
             # TPU slices exchange data through their hosts. Only the mesh axis `data` spans several
             # slices.
-            sent = hlo.total_bytes(ops[op.operands[0]].result)
+            sent = hlo.count_hlo_bytes(ops[op.operands[0]].result)
             program.collectives.append(Collective("send", "data", True, sent, times))
         elif op.kind.removesuffix("-start") in COLLECTIVES:
             _add_hlo_collective(program, ops, op, times)
         elif op.kind not in _FREE and not op.kind.endswith("-done"):
             fused = op.kind == "fusion"
-            flops = _fused(program, _called(op), times) if fused else _flops(ops, op)
+            flops = (
+                _cost_fused_computation(program, _find_called_computation(op), times)
+                if fused
+                else _count_hlo_flops(ops, op)
+            )
             program.costs.append(Cost(op.name, flops, _count_hlo_bytes(program, ops, op), times))
 
 
@@ -184,7 +190,7 @@ def _read_hlo_attribute(op: hlo.Op, key: str) -> str:
     return found[1] if found else ""
 
 
-def _called(op: hlo.Op) -> str:
+def _find_called_computation(op: hlo.Op) -> str:
     return _read_hlo_attribute(op, "calls") or _read_hlo_attribute(op, "to_apply")
 
 
@@ -192,7 +198,7 @@ def _read_hlo_trip_count(program: _Program, op: hlo.Op) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest):
         return int(known[1])
     condition = program.computations[_read_hlo_attribute(op, "condition")]
-    bounds = [hlo.constant_value(one) or 0 for one in condition.values()]
+    bounds = [hlo.read_hlo_constant(one) or 0 for one in condition.values()]
     return max([bound for bound in bounds if bound > 1], default=program.turns)
 
 
@@ -204,7 +210,7 @@ def _cost_dearest_branch(program: _Program, op: hlo.Op, times: int) -> None:
     tried = []
     for name in names:
         branch = program._replace(costs=[], collectives=[])
-        _walk(branch, name, times)
+        _walk_hlo_computation(branch, name, times)
         work = [sum(getattr(c, key) * c.times for c in branch.costs) for key in ("flops", "bytes")]
         tried.append((work, branch))
     if tried:
@@ -213,16 +219,16 @@ def _cost_dearest_branch(program: _Program, op: hlo.Op, times: int) -> None:
         program.collectives.extend(best.collectives)
 
 
-def _fused(program: _Program, name: str, times: int) -> float:
+def _cost_fused_computation(program: _Program, name: str, times: int) -> float:
     """Returns the FLOPs of a fusion, and adds the fusion's collectives to the program."""
     ops, total = program.computations[name], 0.0
     for op in ops.values():
         if op.kind in ("fusion", "call"):
-            total += _fused(program, _called(op), times)
+            total += _cost_fused_computation(program, _find_called_computation(op), times)
         elif op.kind.removesuffix("-start") in COLLECTIVES:
             _add_hlo_collective(program, ops, op, times)
         else:
-            total += _flops(ops, op)
+            total += _count_hlo_flops(ops, op)
     return total
 
 
@@ -233,19 +239,19 @@ def _parse_hlo_shape(op: hlo.Op) -> tuple[int, ...]:
     return hlo.parse_arrays(op.result)[0][1]
 
 
-def _flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_hlo_flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     if op.kind == "dot":
         left = _parse_hlo_shape(ops[op.operands[0]])
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
         inner = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
         return 2.0 * inner * math.prod(_parse_hlo_shape(op))
     if op.kind == "convolution":
-        return _convolution(ops, op)
+        return _count_convolution_flops(ops, op)
     if op.kind == "custom-call":
         if estimate := _read_custom_call_cost(op):
             return estimate[0]
         if re.search(r'custom_call_target="[^"]*gemm', op.rest):
-            return _gemm(ops, op)
+            return _count_gemm_flops(ops, op)
     return 0.0
 
 
@@ -263,14 +269,14 @@ def _read_custom_call_cost(op: hlo.Op) -> tuple[float, float] | None:
     return (float(named[1]), float(named[2])) if named else None
 
 
-def _gemm(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_gemm_flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     left = _parse_hlo_shape(ops[op.operands[0]])
     axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.rest)
     inner = [int(a) for a in re.findall(r"\d+", axes[1])] if axes else [len(left) - 1]
     return 2.0 * math.prod(left[a] for a in inner) * math.prod(_parse_hlo_shape(op))
 
 
-def _convolution(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_convolution_flops(ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the FLOPs of a convolution, excluding products with padding or dilation holes.
 
     On TPUs, XLA writes matrix products as convolutions. The batch dimensions of a matrix product
@@ -318,7 +324,7 @@ def _count_convolution_pairs(left: int, right: int, out: int, window: dict[str, 
 
 def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes that an instruction reads from and writes to main memory."""
-    result = hlo.main_memory_bytes(op.result)
+    result = hlo.count_hlo_main_bytes(op.result)
     if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):
         return estimate[1]
     if op.kind in ("copy-start", "slice-start"):
@@ -326,17 +332,17 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
         # count twice, as a read and a write, if the destination and the source are both in main
         # memory; otherwise, the copied data count once.
         arrays = [array for array in hlo.parse_arrays(op.result) if array[1]]
-        least = min(map(hlo.array_bytes, arrays), default=0.0)
+        least = min(map(hlo.count_hlo_array_bytes, arrays), default=0.0)
         return least * (2 if all(array[2] for array in arrays) else 1)
     if op.kind in ("iota", "broadcast"):
         return result
     if op.kind in ("dynamic-slice", "slice", "gather"):
-        return result + hlo.total_bytes(op.result)
+        return result + hlo.count_hlo_bytes(op.result)
     if op.kind in ("dynamic-update-slice", "scatter"):
-        return 2 * hlo.total_bytes(ops[op.operands[1]].result)
+        return 2 * hlo.count_hlo_bytes(ops[op.operands[1]].result)
     if op.kind == "fusion":
-        return _fusion_bytes(program, _called(op), ops, op)
-    read = [hlo.main_memory_bytes(ops[name].result) for name in op.operands if name in ops]
+        return _count_fusion_bytes(program, _find_called_computation(op), ops, op)
+    read = [hlo.count_hlo_main_bytes(ops[name].result) for name in op.operands if name in ops]
     if op.kind == "custom-call":
         # An operand that is updated in place is not moved as a whole. The program's text does not
         # say how much of an updated operand is moved, so updated operands are not counted.
@@ -347,16 +353,18 @@ def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> f
     return max(0.0, result) + sum(read)
 
 
-def _fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_fusion_bytes(program: _Program, inner: str, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes that a fusion reads from its operands and writes to its results."""
     total = _count_fusion_writes(program.computations[inner], op)
     for number, name in enumerate(op.operands):
-        if name in ops and hlo.main_memory_bytes(ops[name].result):
-            total += _count_fusion_reads(program, inner, _parameter(program, inner, number))
+        if name in ops and hlo.count_hlo_main_bytes(ops[name].result):
+            total += _count_fusion_reads(
+                program, inner, _find_fusion_parameter(program, inner, number)
+            )
     return total
 
 
-def _parameter(program: _Program, name: str, number: int) -> hlo.Op:
+def _find_fusion_parameter(program: _Program, name: str, number: int) -> hlo.Op:
     return next(
         op for op in program.computations[name].values()
         if op.kind == "parameter" and int(op.operands[0]) == number
@@ -372,17 +380,17 @@ def _count_fusion_reads(program: _Program, inner: str, one: hlo.Op) -> float:
         if user.kind == "bitcast":
             total += _count_fusion_reads(program, inner, user)
         elif user.kind == "fusion":
-            called = _called(user)
+            called = _find_called_computation(user)
             for number, name in enumerate(user.operands):
                 if name == one.name:
                     total += _count_fusion_reads(
-                        program, called, _parameter(program, called, number)
+                        program, called, _find_fusion_parameter(program, called, number)
                     )
         elif user.kind in ("dynamic-slice", "slice", "gather") and first:
-            total += hlo.total_bytes(user.result)
+            total += hlo.count_hlo_bytes(user.result)
         elif user.kind != "parameter" and not (user.kind == "dynamic-update-slice" and first):
-            return hlo.total_bytes(one.result)
-    return min(total, hlo.total_bytes(one.result))
+            return hlo.count_hlo_bytes(one.result)
+    return min(total, hlo.count_hlo_bytes(one.result))
 
 
 def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
@@ -391,15 +399,15 @@ def _count_fusion_writes(inner: dict[str, hlo.Op], op: hlo.Op) -> float:
     parts = [inner[name] for name in root.operands] if root.kind == "tuple" else [root]
     arrays = hlo.parse_arrays(op.result)
     if len(parts) != len(arrays):
-        return hlo.main_memory_bytes(op.result)
+        return hlo.count_hlo_main_bytes(op.result)
     total = 0.0
     for part, array in zip(parts, arrays, strict=True):
         while part.kind == "bitcast":
             part = inner[part.operands[0]]
         if part.kind == "dynamic-update-slice":
-            total += hlo.total_bytes(inner[part.operands[1]].result)
+            total += hlo.count_hlo_bytes(inner[part.operands[1]].result)
         elif array[2]:
-            total += hlo.array_bytes(array)
+            total += hlo.count_hlo_array_bytes(array)
     return total
 
 
@@ -416,14 +424,16 @@ def _add_hlo_collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, t
     if channel and channel[1] in program.channels:
         return
     program.channels.update(channel.groups() if channel else ())
-    program.collectives.append(_collective(program, ops, op, times))
+    program.collectives.append(_read_hlo_collective(program, ops, op, times))
 
 
-def _collective(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int) -> Collective:
+def _read_hlo_collective(
+    program: _Program, ops: dict[str, hlo.Op], op: hlo.Op, times: int
+) -> Collective:
     kind, mesh = op.kind.removesuffix("-start"), program.mesh
     groups = hlo.parse_replica_groups(op.rest, 1 if mesh is None else mesh.devices.size)
     size = max(map(len, groups), default=1)
-    given = sum(hlo.total_bytes(ops[name].result) for name in op.operands if name in ops)
+    given = sum(hlo.count_hlo_bytes(ops[name].result) for name in op.operands if name in ops)
     share = (size - 1) / size
     sent = {
         "all-gather": given * (size - 1), "all-reduce": 2 * given * share,

@@ -117,7 +117,7 @@ class Phase:
         return not self.failure and self.total <= usable
 
 
-class Sampled(NamedTuple):
+class SampledPhase(NamedTuple):
     """A sampling phase: its settings section, and its maximum prompt and completion lengths."""
 
     section: str
@@ -178,7 +178,7 @@ def find_dry_run_model(config: config_lib.Config) -> transformer.ModelConfig:
     return transformer.SHAPES[max(known, key=len)]
 
 
-def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan:
+def build_dry_run_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan:
     """Builds the plan of a run's programs on the given devices, with the same checks as a run.
 
     Raises:
@@ -195,7 +195,7 @@ def make_frame(config: config_lib.Config, devices: list) -> run_plan.ProgramPlan
     return run_plan.ProgramPlan(config, mesh, dtype, shape)
 
 
-def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> Lengths:
+def find_dry_run_lengths(config: config_lib.Config, shape: transformer.ModelConfig) -> Lengths:
     """Returns the maximum lengths of texts that the settings and the model's positions allow.
 
     Raises:
@@ -224,21 +224,21 @@ def longest_texts(config: config_lib.Config, shape: transformer.ModelConfig) -> 
     return lengths
 
 
-def sampled_phases(run: Run) -> dict[str, Sampled]:
+def list_sampled_phases(run: Run) -> dict[str, SampledPhase]:
     """Returns the phases that sample on the target devices, by name; {} if a server samples."""
     c, lengths, phases = run.frame.config, run.lengths, {}
     if c.sampler.engine == "server":
         return {}
     if config_lib.traits(c).samples and c.train.steps:
-        phases["rollout"] = Sampled("rollout", lengths.student, lengths.completion)
+        phases["rollout"] = SampledPhase("rollout", lengths.student, lengths.completion)
     if c.author.kind in ("student", "teacher"):
-        phases["author"] = Sampled("author", lengths.author, lengths.reply)
+        phases["author"] = SampledPhase("author", lengths.author, lengths.reply)
     if c.eval.path:
-        phases["evaluation"] = Sampled("eval", lengths.evaluation, lengths.answer)
+        phases["evaluation"] = SampledPhase("eval", lengths.evaluation, lengths.answer)
     return phases
 
 
-def longest_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
+def build_dry_run_batch(config: config_lib.Config, lengths: Lengths) -> layout.Batch:
     """Builds a step's batch in which all texts have maximum length and all token ids are 0."""
     B, method = config_lib.completions_per_step(config), config_lib.traits(config)
     batch = layout.build_batch(
@@ -262,14 +262,14 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
       name: name of the phase.
       arrays: the arrays that a run with this frame holds.
     """
-    frame, sampled = run.frame, sampled_phases(run)
-    held = memory.count_resident(frame, arrays)
+    frame, sampled = run.frame, list_sampled_phases(run)
+    held = memory.count_resident_memory(frame, arrays)
     if name == "placement":
         return held | {"read": 0 if arrays.frozen else sharding.count_device_bytes(arrays.base)}
     if name == "step":
         kept = sharding.count_device_bytes(arrays.kept) if sampled else 0
         return held | {"sampler's weights": kept}
-    held["sampler's weights"] = memory.count_sampler_weights(frame, arrays)
+    held["sampler's weights"] = memory.count_sampler_memory(frame, arrays)
     if name == "hand-over":
         return held
     section, prompt, completion = sampled[name]
@@ -277,7 +277,7 @@ def hold_phase(run: Run, name: str, arrays: memory.HeldArrays) -> dict[str, int]
     # Each slot of the author's cache has only the entries that the longest prompt and its reply
     # need, rounded up.
     tokens = request.round_up_slot_length(tokens) if name == "author" else tokens
-    return held | {"cache": memory.count_decode_state(frame, section, tokens)}
+    return held | {"cache": memory.count_decode_memory(frame, section, tokens)}
 
 
 # --- compiling --------------------------------------------------------------------------------
@@ -310,12 +310,12 @@ class _Compiler(NamedTuple):
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            program = failed_program(name, held, error)
+            program = build_failed_program(name, held, error)
             # If `keeps` is False, the phase's held arrays already include the results.
             self.programs.append(program if keeps else dataclasses.replace(program, needed=0))
             return None
         seconds = time.perf_counter() - begun
-        cost = program_cost.analyse(name, compiled, seconds, mesh, turns=loop_turns)
+        cost = program_cost.analyse_program(name, compiled, seconds, mesh, turns=loop_turns)
         needed = (cost.added if keeps else cost.temporary) + max(0, cost.arguments - held)
         self.programs.append(Program(name, held, cost, needed))
         return sharding.to_abstract(lowered.out_info, mesh, compiled.output_shardings)
@@ -332,7 +332,7 @@ def _with_sharding(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def failed_program(name: str, arguments: int, error: BaseException) -> Program:
+def build_failed_program(name: str, arguments: int, error: BaseException) -> Program:
     """Returns the `Program` for a failed compilation, with the bytes that the program would need.
 
     Raises:
@@ -369,9 +369,9 @@ def compile_run(
       ValueError: if no run can have these settings.
     """
     begun = time.perf_counter()
-    frame = make_frame(config, devices)
-    run = Run(frame, longest_texts(config, frame.model_config), target, usable, say, {})
-    sampled = sampled_phases(run)
+    frame = build_dry_run_frame(config, devices)
+    run = Run(frame, find_dry_run_lengths(config, frame.model_config), target, usable, say, {})
+    sampled = list_sampled_phases(run)
     names = ["placement", *(["hand-over"] if sampled else []), *sampled]
     names += ["step"] if config.train.steps else []
     phases = {name: compile_phase(run, name) for name in names}
@@ -380,7 +380,7 @@ def compile_run(
 
 def compile_phase(run: Run, name: str) -> Phase:
     """Compiles the programs of one phase, unless the phase's held arrays alone are too large."""
-    arrays = memory.held_arrays(run.frame)
+    arrays = memory.list_held_arrays(run.frame)
     parts, compiler = hold_phase(run, name, arrays), _Compiler(run, [])
     if name not in ("placement", "hand-over") and sum(parts.values()) > run.usable:
         reason = "not compiled: the arrays that the phase holds do not fit"
@@ -414,13 +414,13 @@ def _compile_hand_over(compiler: _Compiler) -> None:
         compiler(f"{name} to the sampler", jitted, *args, keeps=False)
         return jitted.eval_shape(*args)
 
-    memory.held_arrays(compiler.run.frame, call=call)
+    memory.list_held_arrays(compiler.run.frame, call=call)
 
 
 def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str) -> dict[str, int]:
     """Compiles a phase's sampler; returns {"prompts' keys": bytes, "examples' keys": bytes}."""
     frame, c = compiler.run.frame, compiler.run.frame.config
-    section, asked, completion = sampled_phases(compiler.run)[phase]
+    section, asked, completion = list_sampled_phases(compiler.run)[phase]
     decoder = builders.build_decoder(frame)
     # The author's prompts have no worked examples. Each slot of the author's cache has only the
     # entries that the longest prompt and its reply need.
@@ -443,10 +443,10 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
         # The compiler's error is the cause of the sampler's error.
         cause = error.__cause__ or error.__context__ or error
         held = sharding.count_device_bytes(job.constants)
-        compiler.programs.append(failed_program(f"sampler of {section}", held, cause))
+        compiler.programs.append(build_failed_program(f"sampler of {section}", held, cause))
         programs = ()
     for program in programs:
-        cost = program_cost.analyse(program.name, program.call, program.seconds, frame.mesh)
+        cost = program_cost.analyse_program(program.name, program.call, program.seconds, frame.mesh)
         needed = 0 if program.name == "empty cache" else cost.temporary
         compiler.programs.append(Program(program.name, cost.arguments, cost, needed))
         if program.name.startswith("prefill"):
@@ -473,7 +473,7 @@ def _compile_step(compiler: _Compiler, arrays: memory.HeldArrays) -> dict[str, i
     frame, lengths, c = compiler.run.frame, compiler.run.lengths, compiler.run.frame.config
     tx, _ = builders.build_optimizer(c, max(1, c.train.steps))
     options, decoder = builders.build_options(frame), builders.build_decoder(frame)
-    rows = builders.pack_batch(frame, longest_batch(c, lengths), caps=True)
+    rows = builders.pack_batch(frame, build_dry_run_batch(c, lengths), caps=True)
     batch = sharding.to_abstract(rows, frame.mesh, layout.batch_shardings(rows, frame.mesh))
     examples = np.zeros(lengths.prefix, np.int32) if lengths.prefix else None
     factor, kvs = np.float32(1), None

@@ -85,7 +85,7 @@ def propose(run: programs.Run) -> Proposals:
         if name not in ("step", *SLOTS):
             fixable = fixable and fits
             continue
-        sizes = size_settings(run, phase)
+        sizes = find_size_settings(run, phase)
         value = _find_largest(run, sizes, proposals)
         proposals.largest[sizes.setting] = value
         if value and not fits:
@@ -95,18 +95,18 @@ def propose(run: programs.Run) -> Proposals:
         elif not fits:
             fixable = False
     if fixes and fixable:
-        config = change_settings(run.frame.config, fixes)
-        proposals.changes.append(Change(_spell(fixes), 0, config, run.target))
+        config = apply_proposed_settings(run.frame.config, fixes)
+        proposals.changes.append(Change(_spell_proposal(fixes), 0, config, run.target))
     if not run.fits():
         room = CHANGES - len(proposals.changes)
-        proposals.changes += itertools.islice(_other_meshes(run), room)
+        proposals.changes += itertools.islice(_propose_other_meshes(run), room)
     return proposals
 
 
 # --- sizes ------------------------------------------------------------------------------------
 
 
-def size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
+def find_size_settings(run: programs.Run, phase: programs.Phase) -> Sizes:
     """Returns the setting that determines a phase's size, and the values to choose from."""
     config, shards = run.frame.config, sharding.batch_shards(run.frame.mesh)
     completions = config_lib.completions_per_step(config)
@@ -136,7 +136,7 @@ def _list_micro_batch_sizes(
     if not c.train.micro_tokens:
         choices = [m for m in range(shards, completions + 1, shards) if completions % m == 0]
         return "train.micro_batch", c.train.micro_batch or completions, choices
-    rows = builders.pack_batch(run.frame, programs.longest_batch(c, run.lengths), caps=True)
+    rows = builders.pack_batch(run.frame, programs.build_dry_run_batch(c, run.lengths), caps=True)
     # Each row has one completion, so a device's micro-batch consists of whole samples.
     sample = sum(side.tokens_BL.shape[-1] for side in (rows.student, rows.teacher) if side)
     each, most = rows.student.tokens_BL.shape[1] // shards, -(-completions // shards)
@@ -156,7 +156,7 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
         # number of slots.
         cache = phase.parts.get("cache", 0)
         room = int((usable - held + cache) * sizes.now / cache) if cache else 0
-        slots = find_below(sizes.choices, float, room)
+        slots = find_largest_below(sizes.choices, float, room)
         if not slots:
             return 0
         phase = _compile_again(run, phase.name, {sizes.setting: slots}, proposals)
@@ -168,15 +168,15 @@ def _find_largest(run: programs.Run, sizes: Sizes, proposals: Proposals) -> int:
     if _is_unknown(other) or _is_unknown(phase):
         compiled = [(phase, sizes.now), (other, sizes.second)]
         return max((size for one, size in compiled if one.fits(usable)), default=0)
-    line = memory_line((phase, sizes.now), (other, sizes.second))
-    return find_below(sizes.choices, line, usable)
+    line = fit_memory_line((phase, sizes.now), (other, sizes.second))
+    return find_largest_below(sizes.choices, line, usable)
 
 
 def _propose_other_slots(slots: int, shards: int) -> int:
     return _round_proposed_slots(slots // 2, shards) if slots > shards else 2 * shards
 
 
-def find_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:
+def find_largest_below(choices: Sequence[int], line: Callable[[int], float], usable: float) -> int:
     """Returns the largest of the ascending `choices` that needs at most `usable` bytes, or 0."""
     count = bisect.bisect_right(choices, usable, key=line)
     return choices[count - 1] if count else 0
@@ -187,7 +187,7 @@ def _is_unknown(phase: programs.Phase) -> bool:
     return any(program.failure and not program.needed for program in phase.programs)
 
 
-def memory_line(
+def fit_memory_line(
     one: tuple[programs.Phase, int], two: tuple[programs.Phase, int]
 ) -> Callable[[int], float]:
     """Returns a function that maps the size of a phase to the phase's bytes on each device.
@@ -220,8 +220,8 @@ def _compile_again(
     run: programs.Run, name: str, values: dict[str, Any], proposals: Proposals
 ) -> programs.Phase:
     """Compiles a phase with other settings, counts the compilation, and returns the phase."""
-    config = change_settings(run.frame.config, values)
-    run.say(f"for proposals, with {_spell(values)}:")
+    config = apply_proposed_settings(run.frame.config, values)
+    run.say(f"for proposals, with {_spell_proposal(values)}:")
     frame = dataclasses.replace(run.frame, config=config)
     proposals.compilations += 1
     # The sampler caches compiled programs, so a program that does not depend on the number of slots
@@ -240,7 +240,7 @@ def _fits_with_remat(run: programs.Run, sizes: Sizes, proposals: Proposals) -> b
 # --- other meshes -----------------------------------------------------------------------------
 
 
-def _other_meshes(run: programs.Run) -> Iterator[Change]:
+def _propose_other_meshes(run: programs.Run) -> Iterator[Change]:
     """Yields meshes that fit, in this order: same devices; same devices with LoRA; more devices."""
     frame, target = run.frame, run.target
     devices, chips = frame.mesh.devices.size, int(np.prod(target.shape)) * target.slices
@@ -263,11 +263,11 @@ def _rank_meshes(
         if not values and mesh == {f"mesh.{k}": n for k, n in run.frame.mesh.shape.items()}:
             continue  # this is the current mesh, which does not fit
         changes = {**values, **mesh, **_adapt_micro_batch(run.frame.config, mesh)}
-        config = change_settings(run.frame.config, changes)
+        config = apply_proposed_settings(run.frame.config, changes)
         held, total = _measure(run, config, mesh)
         if total <= run.usable:
             more = "" if target is run.target else f"{target.name} with "
-            change = Change(more + _spell(changes), held, config, target)
+            change = Change(more + _spell_proposal(changes), held, config, target)
             found.append((held, mesh["mesh.tensor"], change))
     yield from [change for *_, change in sorted(found, key=lambda one: one[:2])]
 
@@ -301,7 +301,7 @@ def _measure(
     """
     mesh: Any = AbstractMesh(tuple(sizes.values()), sharding.AXES, (AxisType.Auto,) * 3)
     frame = dataclasses.replace(run.frame, config=config, mesh=mesh)
-    arrays, held, total = memory.held_arrays(frame), 0, 0
+    arrays, held, total = memory.list_held_arrays(frame), 0, 0
     for name, phase in run.phases.items():
         parts = sum(programs.hold_phase(run._replace(frame=frame), name, arrays).values())
         held = max(held, parts)
@@ -312,7 +312,7 @@ def _measure(
 # --- words ------------------------------------------------------------------------------------
 
 
-def change_settings(config: config_lib.Config, values: dict[str, Any]) -> config_lib.Config:
+def apply_proposed_settings(config: config_lib.Config, values: dict[str, Any]) -> config_lib.Config:
     """Returns a copy of the settings with some values changed."""
     changed = config.copy_and_resolve_references()
     for name, value in values.items():
@@ -321,7 +321,7 @@ def change_settings(config: config_lib.Config, values: dict[str, Any]) -> config
     return changed
 
 
-def _spell(values: dict[str, Any]) -> str:
+def _spell_proposal(values: dict[str, Any]) -> str:
     """Returns settings as command-line flags, without mesh.tensor=1, which is the default."""
     shown = {name: value for name, value in values.items() if (name, value) != ("mesh.tensor", 1)}
     return " ".join(f"--config.{name}={value}" for name, value in shown.items())

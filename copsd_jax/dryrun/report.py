@@ -65,18 +65,18 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
         "devices": frame.mesh.devices.size,
         "device": run.target.kind,
         "mesh": {name: int(size) for name, size in frame.mesh.shape.items()},
-        "whole": memory.describe_undivided(frame),
+        "whole": memory.report_undivided_memory(frame),
         "usable": run.usable,
         "fits": run.fits(),
         "lengths": run.lengths._asdict(),
         "phases": {name: _describe_phase(phase) for name, phase in run.phases.items()},
-        "time": estimate_times(run),
+        "time": estimate_dry_run_times(run),
         "largest": dict(proposed.largest),
         "advice": [{"settings": one.words, "held": one.held} for one in proposed.changes],
         "compiled_again": proposed.compilations,
         "compile_seconds": round(run.seconds, 1),
     }
-    return report | {"sentence": summarize(run, report)}
+    return report | {"sentence": summarize_dry_run(run, report)}
 
 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
@@ -87,7 +87,7 @@ def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Pr
     """
     sizes = {name: value for name, value in proposed.largest.items() if value}
     if report["fits"]:
-        config, target = proposals.change_settings(run.frame.config, sizes), run.target
+        config, target = proposals.apply_proposed_settings(run.frame.config, sizes), run.target
         place = report["largest"]
     elif proposed.changes:
         config, target = proposed.changes[0].config, proposed.changes[0].target
@@ -119,21 +119,21 @@ def _describe_program(program: programs.Program) -> dict[str, Any]:
         return report | {"failure": program.failure}
     return report | {
         "compile_seconds": round(cost.seconds, 1), "flops": cost.flops, "bytes": cost.bytes,
-        "temporary": cost.temporary, "collectives": program_cost.sum_by_axes(cost),
+        "temporary": cost.temporary, "collectives": program_cost.sum_collectives_by_axes(cost),
     }  # fmt: skip
 
 
 # --- time -------------------------------------------------------------------------------------
 
 
-def estimate_times(run: programs.Run) -> dict[str, Any]:
+def estimate_dry_run_times(run: programs.Run) -> dict[str, Any]:
     """Estimates the seconds for each part of a step if all completions have maximum length."""
     chip, c = run.target.chip, run.frame.config
     completions = config_lib.completions_per_step(c)
     sampling = [name for name in ("rollout", "author") if name in run.phases]
-    parts = {name: _sampling_seconds(run, name, completions) for name in sampling}
+    parts = {name: _estimate_sampling_seconds(run, name, completions) for name in sampling}
     if "hand-over" in run.phases:
-        parts["hand-over"] = _add_seconds(_hand_over_programs(run), chip)
+        parts["hand-over"] = _add_seconds(_list_hand_over_programs(run), chip)
     if "step" in run.phases:
         parts["step"] = _add_seconds(run.phases["step"].programs, chip)
     known = [seconds for seconds in parts.values() if seconds is not None]
@@ -148,7 +148,7 @@ def estimate_times(run: programs.Run) -> dict[str, Any]:
     return times
 
 
-def _hand_over_programs(run: programs.Run) -> list[programs.Program]:
+def _list_hand_over_programs(run: programs.Run) -> list[programs.Program]:
     """Returns the hand-over programs of each step; a frozen base's program runs only once."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
@@ -162,11 +162,11 @@ def _add_seconds(found: list[programs.Program], chip: hardware.Chip) -> float | 
     for program in found:
         if program.cost is None:
             return None
-        total += max(program_cost.roofline_seconds(program.cost, chip)) / EFFICIENCY
+        total += max(program_cost.estimate_roofline_seconds(program.cost, chip)) / EFFICIENCY
     return total
 
 
-def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
+def _estimate_sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
     """Estimates the seconds that a sampling phase takes; None if a program was not compiled.
 
     Prompts are prefilled in rows. Each slot decodes one text at a time, up to the maximum length.
@@ -196,7 +196,7 @@ def _sampling_seconds(run: programs.Run, name: str, texts: int) -> float | None:
 # --- text -------------------------------------------------------------------------------------
 
 
-def summarize(run: programs.Run, report: dict[str, Any]) -> str:
+def summarize_dry_run(run: programs.Run, report: dict[str, Any]) -> str:
     """Returns the first sentence of the report: whether the run fits, and if not, what to do."""
     usable, where = report["usable"], f"{report['devices']} x {run.target.kind}"
     phase = max(run.phases.values(), key=lambda phase: phase.total)
@@ -206,7 +206,7 @@ def summarize(run: programs.Run, report: dict[str, Any]) -> str:
             f"fits: the {phase.name} needs the most memory, {most:.2f} of {have:.2f} GiB on each "
             f"device of {where}"
         )
-    cure = f"; {_advise(report['advice'][0])}" if report["advice"] else ""
+    cure = f"; {_advise_dry_run_change(report['advice'][0])}" if report["advice"] else ""
     if most <= have:
         reason = next(phase.failure for phase in run.phases.values() if phase.failure)
         return f"does not fit: the compiler finds no room on {where}: {reason}{cure}"
@@ -216,7 +216,7 @@ def summarize(run: programs.Run, report: dict[str, Any]) -> str:
     )
 
 
-def _advise(change: dict[str, Any]) -> str:
+def _advise_dry_run_change(change: dict[str, Any]) -> str:
     if not change["held"]:
         return f"{change['settings']} would fit"
     held = f"{change['held'] / GIB:.2f} GiB before temporaries"
@@ -249,7 +249,9 @@ def _format_proposals(report: dict[str, Any]) -> list[str]:
             lines.append(f"largest useful size that fits, by the compiled sizes: {size}")
     lines += _format_checks(report["largest"])
     for change in report["advice"]:
-        lines.append(f"{_advise(change)}{'' if change['held'] else ', by the compiled sizes'}")
+        lines.append(
+            f"{_advise_dry_run_change(change)}{'' if change['held'] else ', by the compiled sizes'}"
+        )
         lines += _format_checks(change)
     return lines
 

@@ -163,7 +163,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
         wanted = (_restore_settings(directory) or {"model.path": ""}).keys()
         if missing := sorted(wanted - settings.keys()):
             raise ValueError(f"{path} has no {missing[0]!r}")
-        _check_saved(settings, path)
+        _check_workdir_settings(settings, path)
     except (FileNotFoundError, ValueError) as error:
         settings = _restore_settings(directory)
         if settings is None:
@@ -173,7 +173,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     return config_lib.drop_retired_settings(settings, f"--workdir={directory}")
 
 
-def _check_saved(settings: Mapping[str, object], place: str | pathlib.Path) -> None:
+def _check_workdir_settings(settings: Mapping[str, object], place: str | pathlib.Path) -> None:
     try:
         config_lib.check_saved(settings)
     except ValueError as error:
@@ -202,7 +202,7 @@ def read_starts(path: pathlib.Path) -> list[dict]:
         raise ValueError(f"{path} has no start of a run")
     for number, start in enumerate(content["starts"]):
         for name in ("settings", "defaults"):
-            _check_saved(start.get(name, {}), f"{path}: starts[{number}].{name}")
+            _check_workdir_settings(start.get(name, {}), f"{path}: starts[{number}].{name}")
     return content["starts"]
 
 

@@ -78,8 +78,8 @@ def test_batches_have_the_arrays_of_the_methods(card):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, 0)
         real = work.batch
         c = r.plan.config
-    long = programs.longest_texts(c, r.plan.model_config)
-    made = programs.longest_batch(c, long)
+    long = programs.find_dry_run_lengths(c, r.plan.model_config)
+    made = programs.build_dry_run_batch(c, long)
     assert jax.tree.structure(made) == jax.tree.structure(real)
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(real), strict=True):
         assert ours.dtype == theirs.dtype
@@ -94,9 +94,11 @@ def test_packed_rows_at_the_caps(card, pack):
     """The rows of a budget of tokens, one sample each, have the arrays of a real run."""
     settings = {"train__pack": pack, "train__micro_tokens": 1500, "train__batch": 16}
     short = {name: value for name, value in SHORT.items() if card == "opsd" or name[0] != "t"}
-    one = programs.make_frame(runs.config(card, **MESH, **short, **settings), jax.devices())
-    long = programs.longest_texts(one.config, one.model_config)
-    batch = programs.longest_batch(one.config, long)
+    one = programs.build_dry_run_frame(
+        runs.config(card, **MESH, **short, **settings), jax.devices()
+    )
+    long = programs.find_dry_run_lengths(one.config, one.model_config)
+    batch = programs.build_dry_run_batch(one.config, long)
     rows = builders.pack_batch(one, batch, caps=True)
     apart = sum(side.tokens_BL.shape[1] for side in (batch.student, batch.teacher) if side)
     longest = [long.student, long.teacher][: 1 if card == "grpo" else 2]
@@ -168,7 +170,7 @@ def test_time_of_sampling_by_hand(built):
     decode = report._add_seconds([programs["decode 32 x 256"]], chip) or 0.0
     prefill = report._add_seconds([programs["prefill 128"]], chip) or 0.0
     # 8 texts in 32 slots: one wave of 8 tokens; 2 prompts of 120 tokens on each of 4 shards.
-    assert report.estimate_times(built)["parts"]["rollout"] == pytest.approx(
+    assert report.estimate_dry_run_times(built)["parts"]["rollout"] == pytest.approx(
         2 * prefill + 8 * decode / 16
     )
     assert (c.train.batch, c.rollout.max_tokens, c.sampler.steps) == (8, 8, 16)
@@ -280,12 +282,17 @@ def test_nothing_is_handed_to_a_sampler_that_nothing_asks():
 def test_what_stays_whole_is_told():
     """2 key heads on a tensor axis of 4: kernels of k and v, and their adapters' b of rank 8."""
     changes = {"mesh__data": 2, "mesh__tensor": 4, "lora__rank": 8, "lora__targets": ("k", "o")}
-    frame = programs.make_frame(runs.config("opsd", **changes), jax.devices())
+    frame = programs.build_dry_run_frame(runs.config("opsd", **changes), jax.devices())
     kernels, b = 2 * (2 * 64 * 32) * 4, (2 * 8 * 32) * 4
     told = f"{3 / 4 * (kernels + 4 * b) / 2**20:,.1f} MiB more on each device"
     want = "along mesh.tensor=4 layers/k/kernel, layers/v/kernel, k/b: "
-    assert memory.describe_undivided(frame) == want + told
-    assert memory.describe_undivided(programs.make_frame(runs.config("opsd"), jax.devices())) == ""
+    assert memory.report_undivided_memory(frame) == want + told
+    assert (
+        memory.report_undivided_memory(
+            programs.build_dry_run_frame(runs.config("opsd"), jax.devices())
+        )
+        == ""
+    )
 
 
 def test_slices_are_the_outermost_part_of_data():
@@ -304,14 +311,14 @@ def test_memory_that_the_compiler_does_not_find():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
     )
-    found = programs.failed_program("step", 2**30, used)
+    found = programs.build_failed_program("step", 2**30, used)
     assert found.needed == int(19.5 * 2**30)
     assert found.cost is None
     other = RuntimeError("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries "
                          "(200.00G) exceeds available HBM (30.75G).")  # fmt: skip
-    assert programs.failed_program("step", 5, other).needed == 200 * 2**30
+    assert programs.build_failed_program("step", 5, other).needed == 200 * 2**30
     with pytest.raises(RuntimeError, match="another"):
-        programs.failed_program("step", 5, RuntimeError("another"))
+        programs.build_failed_program("step", 5, RuntimeError("another"))
 
 
 @pytest.mark.slow

@@ -25,11 +25,11 @@ def text_of(function, *args) -> str:
 
 
 def flops(text: str, **settings) -> float:
-    return sum(c.flops * c.times for c in program_cost.read_text(text, **settings)[0])
+    return sum(c.flops * c.times for c in program_cost.read_program_text(text, **settings)[0])
 
 
 def moved(text: str, **settings) -> float:
-    return sum(c.bytes * c.times for c in program_cost.read_text(text, **settings)[0])
+    return sum(c.bytes * c.times for c in program_cost.read_program_text(text, **settings)[0])
 
 
 def layers(x, w, n=1):
@@ -79,9 +79,9 @@ ENTRY %main (x: bf16[4,16,16]) -> f32[16,16] {
   ROOT %k = f32[16,16]{1,0} custom-call(%x), custom_call_target="t", metadata={op_name="f/cost:300:77/k"}
 }
 """  # noqa: E501
-    (cost,) = program_cost.read_text(text)[0]
+    (cost,) = program_cost.read_program_text(text)[0]
     assert (cost.flops, cost.bytes, cost.times) == (300, 77, 1)
-    (plain,) = program_cost.read_text(text.replace("cost:", "a:"))[0]
+    (plain,) = program_cost.read_program_text(text.replace("cost:", "a:"))[0]
     assert (plain.flops, plain.bytes) == (0, 4 * 16 * 16 * 2 + 16 * 16 * 4)
 
 
@@ -133,7 +133,7 @@ ENTRY %main (x.1: bf16[2,1,16]) -> bf16[2,1,16] {
 
 
 def test_what_the_compiler_for_tpus_writes():
-    costs, collectives = program_cost.read_text(TPU)
+    costs, collectives = program_cost.read_program_text(TPU)
     assert not collectives
     by_name = {cost.name: cost for cost in costs}
     # A product of [2, 16] and [16, 16 x 128] as a convolution: each output meets one input row.
@@ -178,13 +178,13 @@ ENTRY %main (x: f32[8,64]) -> f32[8,64] {
 
 
 def test_what_slices_send_one_another_goes_over_the_network():
-    costs, collectives = program_cost.read_text(BETWEEN, sharding.make_mesh(2, 2, 2))
+    costs, collectives = program_cost.read_program_text(BETWEEN, sharding.make_mesh(2, 2, 2))
     assert collectives == (program_cost.Collective("send", "data", True, 8 * 64 * 4, 1),)
     assert not costs
 
 
 def test_an_exchange_beside_several_products_counts_once():
-    (one,) = program_cost.read_text(BESIDE, sharding.make_mesh(2, 2, 2))[1]
+    (one,) = program_cost.read_program_text(BESIDE, sharding.make_mesh(2, 2, 2))[1]
     assert one == program_cost.Collective("all-gather", "fsdp+tensor", False, 3 * 8 * 64 * 4, 1)
 
 
@@ -232,7 +232,7 @@ def exchanges(body, spec, devices, dims=(8, 64)):
     place = NamedSharding(devices, spec)
     with jax.set_mesh(devices):
         program = jax.jit(run).lower(shape(*dims, place=place)).compile()
-    return program, program_cost.read_text(str(program.as_text()), devices)[1]
+    return program, program_cost.read_program_text(str(program.as_text()), devices)[1]
 
 
 def test_exchanges_by_axis_with_their_bytes():
@@ -255,8 +255,10 @@ def test_exchanges_by_axis_with_their_bytes():
         lambda x: jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)]), P("data"), devices
     )
     assert one[:2] == ("collective-permute", "tensor")
-    found = program_cost.analyse("p", program, 1.0, devices)
-    assert program_cost.sum_by_axes(found) == {"tensor": {"collective-permute": [1, local]}}
+    found = program_cost.analyse_program("p", program, 1.0, devices)
+    assert program_cost.sum_collectives_by_axes(found) == {
+        "tensor": {"collective-permute": [1, local]}
+    }
 
 
 def test_time_is_that_of_the_slower_side_of_each_instruction():
@@ -267,6 +269,6 @@ def test_time_is_that_of_the_slower_side_of_each_instruction():
     )
     found = program_cost.Analysis("p", 1.0, 0.0, 0.0, 0, 0, 0, 0, costs, travel)
     chip = hardware.Chip(1e12, 1e9, 0, 0, 0, 1e9, 1e8)
-    own, exchanged = program_cost.roofline_seconds(found, chip)
+    own, exchanged = program_cost.estimate_roofline_seconds(found, chip)
     assert own == pytest.approx(2 * 4e-3 + 5 * 3e-3)
     assert exchanged == pytest.approx(3 * 2e-3 + 1e-2)

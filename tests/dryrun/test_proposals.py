@@ -25,7 +25,7 @@ def built():
 
 
 def compile_with(run: programs.Run, name: str, setting: str, size: int) -> programs.Phase:
-    config = proposals.change_settings(run.frame.config, {setting: size})
+    config = proposals.apply_proposed_settings(run.frame.config, {setting: size})
     frame = dataclasses.replace(run.frame, config=config)
     return programs.compile_phase(run._replace(frame=frame), name)
 
@@ -35,7 +35,7 @@ def test_held_arrays_need_no_devices(built):
     """An abstract mesh gives the same bytes as the devices do."""
     mesh: Any = AbstractMesh((2, 2, 2), sharding.AXES, (AxisType.Auto,) * 3)
     frame = dataclasses.replace(built.frame, mesh=mesh)
-    arrays = memory.held_arrays(frame)
+    arrays = memory.list_held_arrays(frame)
     for name, phase in built.phases.items():
         parts = programs.hold_phase(built._replace(frame=frame), name, arrays)
         assert sum(parts.values()) > 0
@@ -54,9 +54,11 @@ def test_cache_is_what_the_sampler_allocates(built):
 
 def test_cache_counts_repeated_key_heads():
     """2 key heads on a tensor axis of 4: each device has one, so that they are stored twice."""
-    frame = programs.make_frame(runs.config("opsd", mesh__data=2, mesh__tensor=4), jax.devices())
+    frame = programs.build_dry_run_frame(
+        runs.config("opsd", mesh__data=2, mesh__tensor=4), jax.devices()
+    )
     assert builders.build_decoder(frame).key_heads == 4
-    counted = memory.count_decode_state(frame, "rollout", 200)
+    counted = memory.count_decode_memory(frame, "rollout", 200)
     layers, slots, entries, head = 2, 32 // 2, 256, 16 * 4
     of_slot = 64 * 4 + 2 + 3 * 4 + 2 * 4 + 8 + 4 * 4  # what a slot has besides its entries
     assert counted == slots * (2 * layers * entries * head + of_slot)
@@ -71,13 +73,13 @@ def phase_of(size: int, fixed: int, *needs: int, failure: str = "") -> programs.
 def test_each_program_has_a_line():
     """A program that grows overtakes one that does not: 100 + 10 s + max(50, 20 s)."""
     small, large = phase_of(1, 100, 50, 20), phase_of(2, 100, 50, 40)
-    line = proposals.memory_line((small, 1), (large, 2))
+    line = proposals.fit_memory_line((small, 1), (large, 2))
     assert [line(size) for size in (1, 2, 3, 10)] == [160, 170, 190, 400]
-    assert proposals.find_below(range(1, 20), line, 399) == 9
-    assert proposals.find_below(range(1, 20), line, 400) == 10
-    assert proposals.find_below(range(1, 20), line, 159) == 0
+    assert proposals.find_largest_below(range(1, 20), line, 399) == 9
+    assert proposals.find_largest_below(range(1, 20), line, 400) == 10
+    assert proposals.find_largest_below(range(1, 20), line, 159) == 0
     # One failed program stands for all of a sampler: the line of the largest needs.
-    line = proposals.memory_line((small, 1), (phase_of(2, 100, 70, failure="no room"), 2))
+    line = proposals.fit_memory_line((small, 1), (phase_of(2, 100, 70, failure="no room"), 2))
     assert line(3) == 100 + 30 + 90
 
 
@@ -93,16 +95,16 @@ def test_memory_is_a_line_in_the_size(name, setting, sizes):
         "rollout__max_tokens": 128, "train__batch": 16, "sampler__pack": 128,
     }  # fmt: skip
     config = runs.config("opsd", **settings)
-    frame = programs.make_frame(config, jax.devices()[:1])
-    lengths = programs.longest_texts(config, frame.model_config)
+    frame = programs.build_dry_run_frame(config, jax.devices()[:1])
+    lengths = programs.find_dry_run_lengths(config, frame.model_config)
     run = programs.Run(frame, lengths, V5E8, 1e12, lambda _: None, {})
     small, large, third = (compile_with(run, name, setting, size) for size in sizes)
-    line = proposals.memory_line((small, sizes[0]), (large, sizes[1]))
+    line = proposals.fit_memory_line((small, sizes[0]), (large, sizes[1]))
     assert line(sizes[0]) == pytest.approx(small.total)
     assert line(sizes[1]) == pytest.approx(large.total)
     assert line(sizes[2]) == pytest.approx(third.total, rel=0.05)
     usable = (third.total + large.total) / 2
-    assert proposals.find_below(sorted(sizes), line, usable) == sizes[2]
+    assert proposals.find_largest_below(sorted(sizes), line, usable) == sizes[2]
     assert third.fits(usable)
     assert not large.fits(usable)
 
@@ -144,8 +146,8 @@ def test_changes_for_a_step_that_does_not_fit(built):
     assert all("--config.mesh.fsdp=" in one.words for one in meshes)
     assert [one.held for one in meshes] == sorted(one.held for one in meshes)
     # On real devices the first of them holds what was counted on a mesh without devices.
-    frame = programs.make_frame(meshes[0].config, jax.devices())
-    arrays, run = memory.held_arrays(frame), built._replace(frame=frame)
+    frame = programs.build_dry_run_frame(meshes[0].config, jax.devices())
+    arrays, run = memory.list_held_arrays(frame), built._replace(frame=frame)
     held = [programs.hold_phase(run, name, arrays) for name in built.phases]
     assert meshes[0].held == max(sum(parts.values()) for parts in held)
 
@@ -153,7 +155,7 @@ def test_changes_for_a_step_that_does_not_fit(built):
 @pytest.mark.slow
 def test_slots_where_the_cache_alone_does_not_fit(built, monkeypatch):
     """Nothing was compiled: the cache by shapes says which slots are worth compiling."""
-    config = proposals.change_settings(built.frame.config, {"eval.slots": 4096})
+    config = proposals.apply_proposed_settings(built.frame.config, {"eval.slots": 4096})
     run = built._replace(frame=dataclasses.replace(built.frame, config=config), usable=2**24)
     phase = programs.compile_phase(run, "evaluation")
     assert "not compiled" in phase.failure
@@ -169,7 +171,7 @@ def test_slots_where_the_cache_alone_does_not_fit(built, monkeypatch):
 
 def test_meshes_that_are_proposed_for_slices_exist():
     """Two slices of four: what does not fit gets proposals that split nothing over the network."""
-    frame = programs.make_frame(runs.config("opsd", mesh__data=8), jax.devices())
+    frame = programs.build_dry_run_frame(runs.config("opsd", mesh__data=8), jax.devices())
     meshes = list(proposals._list_candidate_meshes(frame, 8, 2))
     assert [tuple(sizes.values()) for sizes in meshes] == [(2, 4, 1), (2, 2, 2), (2, 1, 4)]
     config = runs.config("opsd", train__micro_batch=4)

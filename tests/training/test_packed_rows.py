@@ -200,7 +200,9 @@ def test_no_hidden_state_travels(decoder, params):
         ]
         assert sent
         tokens = one.student.tokens_BL.size
-        others = [x for x in program_cost.read_text(text, devices)[1] if x.kind != "all-reduce"]
+        others = [
+            x for x in program_cost.read_program_text(text, devices)[1] if x.kind != "all-reduce"
+        ]
         assert max((x.bytes for x in others), default=0) < tokens * CONFIG.d_model * 4 / 8
         side = layout.place_batch(one, devices).student
         for array in (side.tokens_BL, side.gather_BC):

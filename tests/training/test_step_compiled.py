@@ -61,7 +61,7 @@ def gathered(micro_batches: int, remat: str, trainable: str = "lora") -> tuple[f
         )
     text = program.as_text()
     assert text
-    costs, collectives = program_cost.read_text(text, devices)
+    costs, collectives = program_cost.read_program_text(text, devices)
     in_layers = [
         one for one in collectives
         if one.kind == "all-gather" and one.times == SHAPE.n_layers * micro_batches
