@@ -137,16 +137,16 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
         with r.stop.listen(config.train.grace), r.grader:
             # The evaluation of step 0 needs the initial policy. If a continued run lacks the
             # evaluation of step 0, the run evaluates step 0 before it loads a checkpoint.
-            before = _evaluation(r, state, 0, directory)
+            before = _get_evaluation(r, state, 0, directory)
             state = saver.load_newest(state)
             nonfinite.check_finite(state, f"checkpoint {int(state.step)} of {directory}")
             first, steps = int(state.step), config.train.steps
             processes.run_on_leader(lambda: workdir.remove_later(directory, first, steps))
             if config.eval.every and first % config.eval.every == 0:
-                _evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
+                _get_evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
             with metric_files.open_metric_writer(directory, first) as writer:
                 state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
-            after = _evaluation(r, state, int(state.step), directory)
+            after = _get_evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
     return processes.run_on_leader(lambda: metric_files.count_failed_metric_lines(directory, steps))
@@ -235,7 +235,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 r.stop.obey()
                 if c.eval.every and number % c.eval.every == 0:
                     progress.close()
-                    _evaluation(r, state, number, directory)
+                    _get_evaluation(r, state, number, directory)
     except signals.Stopped:
         # If the step was left, `state` is still the state after the step before.
         if int(state.step) > first:
@@ -340,7 +340,9 @@ def _run_training_step(
     return state, work.records, processes.run_on_leader(lambda: values)
 
 
-def _evaluation(r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path) -> dict | None:
+def _get_evaluation(
+    r: loaded_run.LoadedRun, state, step: int, directory: pathlib.Path
+) -> dict | None:
     """Returns the evaluation of a step, or None if there are no problems to evaluate.
 
     If the evaluation's file has all problems and belongs to the same policy, the result is read

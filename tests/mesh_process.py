@@ -76,7 +76,7 @@ def begun(plan: run_plan.Plan, state: train_step.State, tx) -> train_step.State:
         trained,
         places,
     )
-    return loaded_run._born(
+    return loaded_run._create_on_shards(
         lambda tree: train_step.init_train_state(tree, tx, "fixed"), plan, trained
     )  # fmt: skip
 

@@ -112,14 +112,14 @@ def run_on_leader(function: Callable[[], Result]) -> Result:
         try:
             said = pickle.dumps((function(), None))
         except Exception as error:
-            said = _pickled(error)
+            said = _pickle_error(error)
     result, error = pickle.loads(_broadcast(said))
     if error is not None:
         raise error
     return result
 
 
-def _pickled(error: Exception) -> bytes:
+def _pickle_error(error: Exception) -> bytes:
     try:
         said = pickle.dumps((None, error))
         pickle.loads(said)  # an exception with extra arguments may fail to unpickle

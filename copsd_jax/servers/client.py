@@ -376,7 +376,7 @@ def list_models_call(url: str) -> HttpCall:
     return HttpCall(url.rstrip("/") + "/models", None, read)
 
 
-def _left(deadline: float) -> float:
+def _compute_seconds_left(deadline: float) -> float:
     if (seconds := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return seconds
@@ -394,7 +394,7 @@ def _look_up(host: str, port: int, deadline: float) -> list:
 
     threading.Thread(target=look_up, daemon=True).start()
     try:
-        result = found.get(timeout=_left(deadline))
+        result = found.get(timeout=_compute_seconds_left(deadline))
     except queue.Empty:
         raise TimeoutError from None
     if isinstance(result, Exception):
@@ -410,7 +410,9 @@ def _open_server_socket(url: str, deadline: float) -> socket.socket:
     failure = OSError(f"no address of {host}")
     for *_, address in _look_up(host, port, deadline):
         try:
-            sock = socket.create_connection((str(address[0]), port), timeout=_left(deadline))
+            sock = socket.create_connection(
+                (str(address[0]), port), timeout=_compute_seconds_left(deadline)
+            )
         except OSError as error:
             failure = error
             continue
@@ -431,7 +433,7 @@ class _DeadlineSocket(io.RawIOBase):
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            self._sock.settimeout(_left(self._deadline))
+            self._sock.settimeout(_compute_seconds_left(self._deadline))
             view = view[self._sock.send(view) :]
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -443,7 +445,7 @@ class _DeadlineSocket(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._stop.is_set():
-            self._sock.settimeout(min(_left(self._deadline), _LOOK))
+            self._sock.settimeout(min(_compute_seconds_left(self._deadline), _LOOK))
             with contextlib.suppress(TimeoutError):
                 return self._sock.recv_into(buffer)
         raise TimeoutError

@@ -87,7 +87,7 @@ def _vllm_body(model: str, adapter: str, text: request.Text) -> dict[str, Any]:
 def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
     choice = _get_from_reply(reply, "choices", 0)
     logps = _get_from_reply(choice, "logprobs", "token_logprobs")
-    spelt = _spelt(_get_from_reply(choice, "logprobs", "tokens"))
+    spelt = _read_spelt_ids(_get_from_reply(choice, "logprobs", "tokens"))
     ids = choice.get("token_ids")
     if ids is None and spelt is None:
         raise ValueError(
@@ -104,7 +104,7 @@ def _vllm_reply(reply: Any, text: request.Text) -> RawCompletion:
     )
 
 
-def _spelt(tokens: Any) -> list[int] | None:
+def _read_spelt_ids(tokens: Any) -> list[int] | None:
     """Parses tokens such as "token_id:7" into ids; returns None if any token has another form."""
     if not isinstance(tokens, list):
         raise ValueError("has no list in logprobs.tokens")

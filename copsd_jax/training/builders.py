@@ -149,7 +149,7 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any
     c = frame.config
     keep = initial_weights.keeps_adapter(c.model.init_from, c.train.trainable)
 
-    def begun(base: dict, start: dict | None = None) -> train_step.State:
+    def create_state(base: dict, start: dict | None = None) -> train_step.State:
         if start is not None:
             trained = start
         elif c.train.trainable == "lora":
@@ -159,7 +159,7 @@ def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any
             trained = jax.tree.map(lambda x: x.astype(jnp.float32), base)
         return train_step.init_train_state(trained, tx, teacher_weights(c), keep)
 
-    return begun
+    return create_state
 
 
 def choose_frozen(config, base: dict) -> dict:

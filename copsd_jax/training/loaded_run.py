@@ -101,7 +101,7 @@ def load_run(
     tx, rate = builders.build_optimizer(config, steps)
     options = builders.build_options(plan)
     trained = base if config.train.trainable == "full" else {}
-    state = _born(builders.build_initializer(plan, tx), plan, trained, start)
+    state = _create_on_shards(builders.build_initializer(plan, tx), plan, trained, start)
     step = builders.build_step(plan, decoder, tx, options, state)
     teacher_kv = None
     if options.teacher == "fixed" and plan.teacher.exemplars and plan.rows:
@@ -138,7 +138,7 @@ def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
     return out
 
 
-def _born(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
+def _create_on_shards(make: Callable[..., Any], plan: run_plan.Plan, *args: Any) -> Any:
     """Runs `make(*args)` under jit, so that each device creates only its shards of the result."""
     places = builders.find_shardings(jax.eval_shape(make, *args), plan)
     return jax.jit(make, out_shardings=places)(*args)
@@ -155,7 +155,7 @@ def _load_run_weights(plan: run_plan.Plan, folder: pathlib.Path | None = None) -
             key = jax.random.fold_in(jax.random.key(plan.config.seed), WEIGHTS_STREAM)
             return transformer.init_params(plan.model_config, key, plan.dtype)
 
-        return _born(make, plan)
+        return _create_on_shards(make, plan)
 
     def put(path: hf.LeafPath, shape: tuple[int, ...], part: hf.ReadPart) -> jax.Array:
         heads = plan.model_config.n_kv_heads
@@ -265,14 +265,14 @@ class ServedPolicy:
         leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
         if [id(held()) for held in self._held] != [id(leaf) for leaf in leaves]:
             self._held = []  # emptied first: if the hand-over fails, the next call tries again
-            self._server = self._handed(policy)
+            self._server = self._hand_over_run_policy(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
         else:
             with remote_engine.translate_server_errors():
                 self._server = remote_engine.hand_over(self._server, self._server.folder)
         return self._server
 
-    def _handed(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
+    def _hand_over_run_policy(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         """Writes the policy to a new folder; returns the server after it has loaded the policy."""
         former = sorted(self._folder.glob("policy_*"))
         number = 1 + max((int(path.name.removeprefix("policy_")) for path in former), default=0)

@@ -123,7 +123,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     server = sampler_server.plan_sampler_server(config, train) if train or evaluate else None
     registry = languages.load_languages(config.languages_file)
     _check_languages(config, registry)
-    context, selection = table_rules.context_settings(config), _selection(config)
+    context, selection = table_rules.context_settings(config), _build_selection_settings(config)
     rules = guards.parse_rules([rule for rule in config.guards.rules.split(",") if rule])
     guards.check_metrics(rules)
     # The cheap checks come first: files of problems, then devices, then the model's headers.
@@ -228,7 +228,7 @@ def _plan_prompt_formats(config, registry, exemplars, tok) -> dict[str, conversa
     return sides
 
 
-def _selection(config: config_lib.Config) -> token_selection.Settings:
+def _build_selection_settings(config: config_lib.Config) -> token_selection.Settings:
     """Returns the settings of token selection; imports the user's function if one is named."""
     names = "select on_failure occurrence fuzzy"
     chosen = token_selection.Settings(**config_lib.pick(config.tokens, names))

@@ -283,10 +283,13 @@ def _compute_side_states(
         those = [k for k, side in enumerate(sides) if side[0].params is policy.params]
         found: Any = decoder.apply({"params": policy.params}, tuple(streams[k] for k in those))
         outputs |= dict(zip(those, found, strict=True))
-    return [_gathered(outputs[k].hidden_BLD, side[1].gather_BC) for k, side in enumerate(sides)]
+    return [
+        _gather_completion_states(outputs[k].hidden_BLD, side[1].gather_BC)
+        for k, side in enumerate(sides)
+    ]
 
 
-def _gathered(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
+def _gather_completion_states(hidden_BLD: jax.Array, gather_BC: jax.Array) -> jax.Array:
     """Returns the hidden states [B · C, D] at the positions in `gather_BC`.
 
     The flattened rows have B equal parts, and row b of `gather_BC` points only into part b. Because
