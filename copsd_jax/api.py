@@ -154,7 +154,7 @@ def _refuse_unread_by_api(config: config_lib.Config, given: Mapping[str, Any]) -
 
 
 def _check_api_arguments(what: str, given: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Returns arguments for a dataclass, with tuples for lists.
+    """Returns arguments for a dataclass; lists become tuples.
 
     Raises:
       ValueError: an argument is no field of the dataclass, or has another type.

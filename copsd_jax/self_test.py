@@ -258,7 +258,7 @@ def _build_self_test_batch(
     r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt],
     told: Sequence[prompts.Prompt] | None, completions: Sequence[loop.Completion],
 ) -> layout.Batch:  # fmt: skip
-    """Builds the layout of a training step, alone or packed, with two or more rows per shard."""
+    """Builds the layout of a training step, packed or not, with two or more rows per shard."""
     batch = layout.build_batch(
         [prompt.ids for prompt in asked],
         None if told is None else [prompt.ids for prompt in told],

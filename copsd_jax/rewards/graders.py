@@ -92,7 +92,7 @@ class Grader:
         same, status = self._compare_strictly(gold, answer)
         if same or self._kind == "strict":
             return same, status
-        # math-verify reads a decimal comma in the gold answer too.
+        # math-verify also reads decimal commas in the gold answer.
         if comparison.compare_plainly(answer, gold, self._policy):
             return True, "plain"
         folded = [notation.fold(text) for text in (gold, answer)]

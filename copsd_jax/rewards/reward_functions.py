@@ -418,9 +418,9 @@ def check_gold_answers(
         row, gold = next(iter(golds.items()))
         blank = "" if needed else ", or be blank, because a row without it is not graded"
         raise ValueError(
-            f"{setting}: the grader can read none of the {len(golds)} gold answers, such as "
-            f"{_shorten(gold)!r} of row {row!r}; the field answer must have the final answer "
-            f"alone{blank}"
+            f"{setting}: the grader cannot read any of the {len(golds)} gold answers, for example "
+            f"{_shorten(gold)!r} of row {row!r}; the field 'answer' must contain only the final "
+            f"answer{blank}"
         )
 
 

@@ -217,7 +217,7 @@ class Checkpoints:
         """Copies a state to the host, and starts to write it; `wait` waits for the files.
 
         Raises:
-          StorageError: the save before failed, or there is no room for this one.
+          StorageError: the previous save failed, or there is no room for this one.
         """
         self.wait()
         if step == self._last:  # the checkpoint of this step exists

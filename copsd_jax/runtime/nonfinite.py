@@ -26,7 +26,7 @@ def _check_arrays(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def find_nonfinite(tree: Any) -> list[str]:
-    """Finds the arrays of a tree that have a number that is not finite; returns their paths."""
+    """Finds the arrays of a tree that contain NaN or an infinity; returns their paths."""
     named = jax.tree_util.tree_leaves_with_path(tree)
     finite = jax.device_get(_check_arrays([x for _, x in named]))
     return [

@@ -151,7 +151,7 @@ def wait_for_all(name: str) -> None:
 
 
 def agree_on_largest(number: int) -> int:
-    """Returns the largest of the numbers, int32, with which the processes call this function."""
+    """Returns the largest of the int32 numbers that the processes pass to this function."""
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))

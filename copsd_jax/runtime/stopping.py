@@ -48,7 +48,7 @@ class StopRequest:
                 what = "stopping now" if leaves else "stopping after the work at hand"
                 again = "a second signal ends the process at once"
                 streams.write_error(f"\n{signal.Signals(number).name}: {what}; {again}\n")
-            # One of several processes must not leave alone: the others would wait for it.
+            # If there are several processes, none may end by itself: the others would wait for it.
             if leaves and jax.process_count() == 1:
                 raise signals.Stopped(number)
 

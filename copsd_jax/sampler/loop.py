@@ -45,7 +45,7 @@ class Completion:
 
     @property
     def dropped(self) -> bool:
-        """Returns whether the completion has no tokens, because they could not be used."""
+        """Returns whether the completion is empty because its tokens could not be used."""
         return self.finish in DROPPED
 
 

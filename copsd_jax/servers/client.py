@@ -68,8 +68,8 @@ class Server:
       model: the model's name on the server.
       key_env: name of the environment variable that holds the key; "" if the server needs no key.
       timeout: maximum number of seconds for one attempt, from the look-up of the host until the
-        last byte arrives. A pause between two attempts is at most `timeout`, and at most the larger
-        of 30 s and `backoff`.
+        last byte arrives. A pause between two attempts is at most
+        min(`timeout`, max(30 s, `backoff`)).
       retries: maximum number of attempts after the first.
       backoff: pause in seconds before the second attempt; the pause doubles before each later
         attempt.

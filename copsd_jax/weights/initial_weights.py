@@ -151,8 +151,8 @@ def check_source(
         except checkpoint.DamagedCheckpoint as error:
             others = [step for step in checkpoints.steps() if step != int(source.folder.name)]
             raise ValueError(
-                f"model.init_from is {str(source.folder)!r}: {error}; the other checkpoints there "
-                f"are those of the steps {others}"
+                f"model.init_from is {str(source.folder)!r}: {error}; the folder also has "
+                f"checkpoints of the steps {others}"
             ) from error
     if source.is_adapter:
         _check_base(source, settings, base)
@@ -283,7 +283,7 @@ def load_initial(
 
 @contextlib.contextmanager
 def _explain_initial_weight_errors(name: str) -> Iterator[None]:
-    """Adds the setting to the message of an error in the files to start from."""
+    """Adds the name of the setting to the message of an error in the files of the initial weights."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

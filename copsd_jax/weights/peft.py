@@ -36,7 +36,7 @@ DESCRIPTIVE = (
     # The tensors show which projections have an adapter.
     *("target_modules", "exclude_modules"),
 )
-# Fields that can change how an adapter is computed, each with the values that change nothing. For
+# Fields that can change how an adapter is computed, each with its neutral values. For
 # an unknown field, these values are UNSET.
 UNSET = (None, False, [], {})
 PLAIN: dict[str, tuple] = {"bias": ("none",), "loftq_config": (None, {})}

@@ -459,7 +459,7 @@ def test_gold_answers_of_which_none_can_be_read():
     prose = "She has 48 clips.\nThat is 2 * 24."
     check = reward_functions.check_gold_answers
     with pytest.raises(
-        ValueError, match=r"^data\.path: the grader can read none of the 2 gold"
+        ValueError, match=r"^data\.path: the grader cannot read any of the 2 gold"
     ) as e:
         check("answer", {"row1": prose, "row2": prose}, "data.path")
     assert "\n" not in str(e.value)

@@ -132,7 +132,8 @@ class Passes(NamedTuple):
 def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
     """Returns whether pass 3 needs sums that only pass 2 can provide.
 
-    The sums are Σb, unless Σb is 0 in closed form, and Σe, if a clip changes the head's gradient.
+    At most two sums are computed: Σb if it is not 0 in closed form, and Σe if a clip changes the
+    head's gradient.
     """
     if settings.divergence == "sampled":
         return False
