@@ -102,7 +102,7 @@ def compare_plainly(gold: str, answer: str, policy: str = "words") -> bool | Non
 
 
 def _compare_choices(gold: str, answer: str) -> bool | None:
-    """Compares the letters of choices, if one side is a bare "B" and the other is marked, as "(B)"."""
+    """Compares the letters of choices, if one side is a bare "B" and the other has a mark: "(B)"."""
     letters = []
     for side in (gold, answer):
         bare, full = _LETTER.fullmatch(side), _LETTER_WITH_TEXT.fullmatch(side)

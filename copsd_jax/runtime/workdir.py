@@ -278,8 +278,8 @@ def _advise_on_damaged_workdir(directory: pathlib.Path, path: pathlib.Path) -> s
 def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
     """Removes the files of steps after `first` that the run will not write or check again.
 
-    These steps are trained again, perhaps with another schedule of the learning rate. Evaluations are
-    kept if they name their policy, because they are reused only for the same policy.
+    These steps are trained again, perhaps with another schedule of the learning rate. Evaluations
+    are kept if they name their policy, because they are reused only for the same policy.
 
     Args:
       directory: the work directory.

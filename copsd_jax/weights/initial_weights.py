@@ -283,7 +283,7 @@ def load_initial(
 
 @contextlib.contextmanager
 def _explain_initial_weight_errors(name: str) -> Iterator[None]:
-    """Adds the name of the setting to the message of an error in the files of the initial weights."""
+    """Adds the name of the setting to errors in the files of the initial weights."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

@@ -134,7 +134,7 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns how many bytes an entry's two stored numbers take on a TPU: 8 in float32, otherwise 4."""
+    """Returns the bytes of the two numbers that an entry stores on a TPU: 8 for float32, otherwise 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 
