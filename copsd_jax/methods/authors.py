@@ -45,8 +45,8 @@ class AuthorText(NamedTuple):
       text: the text; "" if there is none.
       status: "written", or a key of replies.STATUSES, such as "cut" (the text ended at the token
         limit).
-      detail: for a failure, the reason as one readable line. For a text whose request was refused
-        at first, the refusal. Otherwise empty.
+      detail: one readable line with the reason for a failure. If the request was first refused and
+        then answered, the line states the refusal. In all other cases, `detail` is "".
       shortened: the sections of the author's prompt that were cut to context.section_tokens.
       seen: the attempt as shortened for the author's prompt; None if it was not shortened.
     """
@@ -214,7 +214,7 @@ def _read_author_text(
         reply = replies.apply_leak_policy(reply, attempt.row, c.context.leak)
     else:
         reply = replies.Reply(written.status, raw=written.text)
-    # A refusal before a usable reply is no failure of this reply.
+    # If the reply is usable, an earlier refusal of its request is not a failure.
     detail = "" if replies.STATUSES[reply.status].usable else written.detail
     return dataclasses.replace(
         reply, cut=written.status == "cut", detail=detail, shortened=written.shortened

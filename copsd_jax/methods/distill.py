@@ -21,7 +21,7 @@ Departures from the sources:
     a completion follows its prompt without a gap. Masks are computed from lengths.
   - If the teacher is the author, contexts are written with the teacher's weights. In the published
     code, the student writes the contexts, with its adapter merged into the weights.
-  - The place of an error is searched in the text of the sampled tokens, without a new encoding.
+  - An error is located in the text of the sampled tokens; this text is not encoded again.
   - If a reply cannot be read, its completion carries no loss, and the reply is counted. In the
     published code, a completion with an unreadable reply gets SDPO's context
     (`parity.reflection_fallback`).

@@ -1,8 +1,9 @@
-"""Failed steps: steps whose completions, replies or rewards a server or a function did not give.
+"""Failed steps: steps for which a server or a function gave too few usable results.
 
-A failed step is skipped: no token carries loss, so weights and optimizer stay as they were. The
-metric `failed` counts it. `runtime/bad_steps.py` decides when failed steps stop a run. An
-evaluation whose samples were lost for the same reasons is refused.
+The results are completions, replies and rewards. A failed step is skipped: no token carries loss,
+so weights and optimizer stay as they were. The metric `failed` counts the failed steps.
+`runtime/bad_steps.py` decides when failed steps stop a run. An evaluation whose samples were lost
+for the same reasons is refused.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,12 @@ _LOST = {
 
 
 def find_failure_cause(status: str, detail: str) -> str:
-    """Returns how a sample of an evaluation was lost, from its fields; "" if it was not lost."""
+    """Returns the key in `_LOST` for a lost sample of an evaluation; "" for any other sample."""
     return status if status in _LOST else "unrewarded" if detail else ""
 
 
 def is_majority_lost(lost: int, total: int) -> bool:
-    """Returns whether so many completions were lost that the others do not count either."""
+    """Returns whether more than half were lost, in which case the others do not count either."""
     return 2 * lost > total
 
 
@@ -60,11 +61,13 @@ def drop_failed_loss(
 ) -> tuple[layout.Batch, bad_steps.Failure | None]:
     """Returns the part of a step's loss that is usable, and why the step failed.
 
-    A step failed if the sampler's server failed for more than half of the completions, if the
-    reward function gave no reward for more than half of the graded ones, or if a server is the
-    author and no reply is usable. In the last case, the policy loss needs no reply: if tokens carry
-    it, only the distillation is dropped, and the step did not fail, unless the server refused every
-    request. A step that lost most of its logits is a bad step, of which nothing is usable either.
+    A step failed in one of three cases: the sampler's server failed for more than half of the
+    completions; the reward function gave no reward for more than half of the completions to grade;
+    or no reply is usable, and either a server is the author or the sampler's server failed for
+    every reply. In the third case, the policy loss can still be used, because it needs no reply. If
+    tokens carry policy loss and the server did not refuse every request, only the distillation loss
+    is dropped, and the step did not fail. If the logits of more than half of the completions were
+    not finite, the step is bad. No part of the loss of a bad step is usable.
 
     Args:
       c: the settings of the run.
@@ -72,8 +75,7 @@ def drop_failed_loss(
       batch: the step's batch.
 
     Returns:
-      The batch, without any token that carries loss if the step failed or is bad; and the failure,
-      or None.
+      The batch, and the failure or None. If the step failed or is bad, no token carries loss.
     """
     policy_BC, nothing_BC = batch.policy_BC, np.zeros_like(batch.loss_BC)
     no_policy_BC = None if policy_BC is None else np.zeros_like(policy_BC)
@@ -84,7 +86,7 @@ def drop_failed_loss(
     replies_lost = None if failure else _find_lost_author_replies(c, records)
     if replies_lost and policy_BC is not None and policy_BC.any() and not replies_lost.refused:
         return batch._replace(loss_BC=nothing_BC), None
-    # A server that refuses every request needs the user, whatever else the step could teach.
+    # If a server refuses every request, the user must act, so the policy loss is dropped too.
     failure = failure or replies_lost
     return (nothing if failure else batch), failure
 
@@ -105,7 +107,7 @@ def _find_lost_rewards(records: Sequence[dict]) -> bad_steps.Failure | None:
 
 
 def list_lost_rewards(records: Sequence[dict]) -> list[str]:
-    """Returns for each completion without a reward what the reward function raised or returned."""
+    """Lists what the reward function raised or returned for each completion without a reward."""
     return [record["grade_detail"] for record in records if record.get("grade_detail")]
 
 

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 from copsd_jax.problems import bundled
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
-DIGITS = 4300  # maximum number of digits of an integer; Python converts no longer text
+DIGITS = 4300  # maximum number of digits of an integer; Python refuses to convert longer texts
 _COLUMN = (
     "(?:[a-z]+[_ ])?"
     "(?:id|question|problem|prompt|query|input|text|answer|solution|gold|target|output|label)"
     "(?:[_ ][a-z]+)?"
 )
-# Two names of columns, or the code of a language and a name.
+# Matches two column names, or a language code and a column name, with a tab between them.
 _HEADER = re.compile(rf"(?:[a-z]{{2,3}}|{_COLUMN})\t{_COLUMN}", re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ class Record(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A value of a parquet column that has no counterpart in Python, such as a late date."""
+    """A parquet value that has no counterpart in Python, such as a date after the year 9999."""
 
     type: str
 
@@ -294,7 +294,7 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
 
 
 def _check_shards(split: Any) -> None:
-    """Refuses a shard without all of its records, from which TFDS would read empty examples."""
+    """Refuses a shard that lacks records; TFDS would read empty examples in their place."""
     # The module is compiled, so type checkers do not know it.
     module: Any = importlib.import_module("array_record.python.array_record_module")
     for file, count in zip(split.filepaths, split.shard_lengths, strict=True):

@@ -28,7 +28,8 @@ from copsd_jax.problems.record_files import Record
 FIELDS = ("id", "problem", "solution", "answer", "Answer", "group", "wording")  # and problem_*
 _ANSWERS = ("answer", "Answer")
 _OPTIONS = ("choices", "options")  # fields with the options of a multiple-choice question
-# A last line such as "#### 42"; a longer line, or one without a digit, is a heading of Markdown.
+# Matches a last line such as "#### 42"; a longer line, or a line without a digit, is a Markdown
+# heading.
 _MARKED = re.compile(r"(?:\A|\n)####(?!#)[ \t]*(?=[^\n]*\d)(\S+(?:[ \t]+\S+)?)[ \t]*\Z")
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
@@ -45,7 +46,8 @@ def rename_fields(
     Args:
       path: the source, for error messages.
       records: the records.
-      fields: a map from our names to the source's names, such as "problem=question,answer=final".
+      fields: a map from field names of this project to field names of the source, such as
+        "problem=question,answer=final".
       setting: the name of the setting that gives `fields`, for error messages.
 
     Raises:
@@ -123,7 +125,7 @@ def _spell_number(name: str, value: Any) -> str:
         return str(int(value))
     if not math.isfinite(value):
         raise UnusableValue(f"{name} is {value}")
-    # int(1e23) would be 99999999999999991611392: the digits come from the shortest decimal form.
+    # int(1e23) would be 99999999999999991611392, so the shortest decimal form gives the digits.
     exact = value if isinstance(value, decimal.Decimal) else decimal.Decimal(str(value))
     if abs(exact.adjusted()) > record_files.DIGITS:
         raise UnusableValue(f"{name} has more than {record_files.DIGITS:,} digits")
@@ -188,7 +190,7 @@ def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str
 
 
 def _check_options(record: Record, problem: str) -> None:
-    """Refuses a multiple choice whose options the problem does not show."""
+    """Refuses a multiple-choice question whose problem text does not show every option."""
     shown = _fold_problem_text(problem)
     for name in _OPTIONS:
         options = _list_options(name, record.fields.get(name))
@@ -197,7 +199,7 @@ def _check_options(record: Record, problem: str) -> None:
 
 
 def _fold_problem_text(text: str) -> str:
-    """Returns a text in lower case, because True may be written "true", with single blanks."""
+    """Returns a text with single blanks, and in lower case because True may be written "true"."""
     return " ".join(text.casefold().split())
 
 
@@ -269,8 +271,8 @@ def load_rows(
       fields: a map from field names of this project to field names of the source, such as
         "problem=question,answer=final".
       needs: the fields that each row must have besides its problem; the choices are `solution`,
-        `answer`, `problem_en` and `group`. For evaluation, rows need no solution. `options` means
-        that the problem must show the options in the fields `choices` and `options`.
+        `answer`, `problem_en`, `group` and `options`. For evaluation, rows need no solution. With
+        `options`, a problem must show every option that its fields `choices` and `options` list.
       limit: the number of records to use from the start of the source; 0 for all.
       registry: the languages by code; None for the built-in languages.
       setting: the name of the setting that gives `path`, for error messages.
@@ -287,7 +289,9 @@ def load_rows(
     registry = languages.load_languages() if registry is None else registry
     codes = [languages.resolve_code(code, registry) for code in langs]
     if len(set(codes)) != len(codes) or not codes:
-        raise ValueError(f"the languages are {', '.join(langs)}: give at least one, and none twice")
+        raise ValueError(
+            f"the languages are {', '.join(langs)}: name at least one language, and none twice"
+        )
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
     fields_setting = "eval.fields" if setting == "eval.path" else "data.fields"
@@ -323,5 +327,5 @@ def _refuse_unusable(
         have = record_files.list_record_fields(first[reason].fields) or "nothing"
         advice += f"; the record has {have}, and {setting} can map names"
     raise ValueError(
-        f"{path}, {first[reason].where}: {reason} (unusable rows, of {total}: {more}; {advice})"
+        f"{path}, {first[reason].where}: {reason} (unusable among {total} rows: {more}; {advice})"
     )

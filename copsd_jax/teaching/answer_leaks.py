@@ -32,8 +32,8 @@ def has_leak(text: str, answer: str) -> bool:
     Numbers may be written in the digits of any script, and are compared by value: "8 + 5 = 13."
     states 13, but "130" and "1.13" do not. An answer that is not a number must occur as whole
     words. Case is ignored, except in an answer of one letter: the answer "A" does not match the
-    word "a". The function does not find numbers written as words, or formulas that are equivalent
-    but written differently. If the answer is unknown (""), nothing is found.
+    word "a". The function does not find numbers written as words, or formulas that equal the answer
+    but are written differently. If the answer is unknown (""), nothing is found.
     """
     return bool(_find_leaks(text, answer))
 

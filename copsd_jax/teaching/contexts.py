@@ -68,7 +68,8 @@ class Context:
       row_fields: returns the names of the fields that a row must have.
       inputs: returns the members of `INPUTS` that the context reads.
       author: the text that an author writes; None if the context needs no author.
-      settings: the names of the settings that this context, but not every context, reads.
+      settings: the names of the settings that this context reads, without those that all contexts
+        read.
       locates_error: whether replies can name an error; tokens.select=from_error and
         tokens.select=error_step need such replies.
     """
@@ -131,7 +132,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt from a successful sibling, if there is one, and allowed feedback."""
+    """Builds SDPO's re-prompt; shows a sibling if one succeeded, and feedback if it is allowed."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""
@@ -214,7 +215,7 @@ def _show_critique(settings: Settings, attempt: Attempt, reply: Reply) -> Conver
 
 
 def _read_critique(settings: Settings, attempt: Attempt, text: str) -> Reply:
-    """Reads a critique; compares it with the attempt's steps, except steps that state an answer."""
+    """Reads a critique, and compares it with those steps of the attempt that state no answer."""
     own = [step.text for step in solution_steps.split_steps(attempt.text) if not step.final]
     return replies.verify_critique(replies.read_critique(text), own)
 

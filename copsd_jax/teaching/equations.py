@@ -111,7 +111,7 @@ class _EquationReader:
         return self.tokens[self.at][0]
 
     def read_behind(self, read: Callable[[], _Value]) -> list[_Value]:
-        """Calls `read` at the next token; if `read` fails, goes back one token and returns []."""
+        """Calls `read` at the next token; if `read` fails, returns [] and leaves `at` unchanged."""
         before, count = self.at, len(self.results)
         self.at += 1
         try:

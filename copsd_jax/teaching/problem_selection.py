@@ -97,7 +97,7 @@ def _select_problem_field_map(path: str, fields: str) -> str:
 
 
 def _need_options(config: config_lib.Config) -> tuple[str, ...]:
-    """Returns ("options",) if the rewards are choices, whose options the problem must show."""
+    """Returns ("options",) if reward.kind is choice: each problem must show its options."""
     return ("options",) if config.reward.kind == "choice" else ()
 
 

@@ -24,7 +24,7 @@ from copsd_jax.teaching.conversations import Conversation, PromptFormat
 from copsd_jax.teaching.text_encoding import Tokenizer
 
 TEMPLATE_SECONDS = 10.0  # maximum CPU time of a chat template for one short conversation
-# Maximum number of characters that a chat template writes besides ten times the messages' own.
+# A chat template may write ten times as many characters as its messages have, plus this number.
 TEMPLATE_CHARACTERS = 100_000
 
 
@@ -118,8 +118,8 @@ def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
 def _check_template_features(tokenizer: Tokenizer) -> None:
     """Refuses a chat template that computes a power.
 
-    A power such as 9**9**9 is one operation of Python, which no limit of time can end, and which
-    the template engine computes while it compiles. `f(**options)` is no power.
+    A power such as 9**9**9 is a single operation of Python, so no time limit can interrupt it. The
+    template engine computes the power while it compiles the template. `f(**options)` is no power.
     """
     found = tokenizer.chat_template
     for template in found.values() if isinstance(found, dict) else (found,):
@@ -137,13 +137,13 @@ def _check_template_features(tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
-    """Raises a TimeoutError inside the `with` block, if its Python code computes too long."""
+    """Raises a TimeoutError in the `with` block if the block's Python code computes too long."""
     former, end = sys.gettrace(), time.thread_time() + seconds
 
     def trace(frame: types.FrameType, *_: Any) -> Any:
         if time.thread_time() > end:
             raise TimeoutError(f"rendering one short conversation takes more than {seconds:g} s")
-        # Only in templates, each line is traced; elsewhere, each call of a function.
+        # In templates, every line is traced; elsewhere, only function calls are traced.
         return trace if frame.f_code.co_filename == "<template>" else None
 
     sys.settrace(trace)
@@ -264,7 +264,7 @@ def _build_chat_prompt(
         raise ValueError("the chat template does not show each message exactly once")
     # A template that quotes or measures a message would also show the mark in another form.
     if text.replace(guard.mark, "") != plain:
-        said = "it gives other text than the contents of messages, for example their length"
+        said = "it writes more about messages than their contents, for example their length"
         raise ValueError(_explain_template(tokenizer, said))
     state = _find_state(text, thinking)
     if thinking == "prefix":

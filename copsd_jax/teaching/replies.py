@@ -92,7 +92,7 @@ class Reply:
       leaked: whether the explanation states the final answer.
       cut: whether the text was cut off at author.max_tokens, whatever the status is.
       detail: one readable line about a failure, or "".
-      shortened: the kinds of the sections of the author's prompt that were truncated.
+      shortened: the kinds of the truncated sections in the author's prompt.
     """
 
     status: str
@@ -270,10 +270,10 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
 
     The attempt's steps before the first wrong step must occur in the trace, in the same order.
     Where the trace repeats a correct step, only the white space may differ. If the attempt is
-    wrong, other steps may be inserted between the right steps. The wrong step must not occur in the
-    trace, unless it is part of a repeated right step. A model copies errors that it is shown, so
-    the student would learn the wrong step from the trace. The trace may, however, contain parts of
-    the wrong step. A critique whose case is neither "right" nor "wrong" is returned unchanged.
+    wrong, other steps may be inserted between the right steps. In the trace, the whole wrong step
+    may occur only inside a repeated right step; parts of the wrong step may occur anywhere. A model
+    copies errors that it is shown, so the student would learn a wrong step that the trace contains.
+    A critique whose case is neither "right" nor "wrong" is returned unchanged.
 
     Args:
       reply: a critique, from `read_critique`.

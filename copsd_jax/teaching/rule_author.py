@@ -60,8 +60,9 @@ def write_critique(attempt: Attempt, found: str | None) -> str:
 def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
     """Returns the reflection shown for an exemplar; the attempt is the exemplar's own solution.
 
-    The reflection states the whole solution, after the words that the rule also puts before the
-    correction of a wrong step. The prompts of exemplars therefore look like those of problems.
+    The reflection is the whole solution after the words "The step should be". The rule also begins
+    the correction of a wrong step with these words, so the prompts of exemplars look like those of
+    problems.
 
     Raises:
       ValueError: the rule cannot check the row's solution.

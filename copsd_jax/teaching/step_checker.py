@@ -1,7 +1,7 @@
 """A rule that finds the first wrong step of an attempt, and corrects the attempt.
 
-For problems that are solved by equations, the rule writes, instead of a model, the critiques and
-reflections. The rule compares an attempt's equations with the equations of the reference solution.
+For problems that are solved by equations, the rule can write critiques and reflections in place of
+a model. The rule compares an attempt's equations with the equations of the reference solution.
 The four `CASES` come from critique-conditioned self-distillation (arXiv 2606.11173).
 """
 
@@ -89,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, all of them true, of which the last gives `gold`."""
+    """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 
@@ -111,7 +111,7 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
-    """Returns the attempt's equations, each with the indices of the results that it reaches first.
+    """Returns each equation of the attempt, with the indices of results that it is first to reach.
 
     The set of indices is empty if earlier equations already reached the results. An equation whose
     value is not a needed result has None instead of a set of indices.

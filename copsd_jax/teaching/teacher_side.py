@@ -59,10 +59,10 @@ class TeacherSide:
     def measure_author(
         self, kind: str, spec: conversations.PromptFormat, rows: Sequence[problem_row.Row]
     ) -> dict[str, int]:
-        """Returns the tokens of the longest author prompt, if each attempt is as short as possible.
+        """Returns the number of tokens in the longest author prompt, with the shortest attempts.
 
-        The tokenizer of a server is not known, so the texts of its messages are counted with the
-        model's tokenizer, without a chat template.
+        The tokenizer of a server is not known. The messages to a server are therefore measured with
+        the model's tokenizer, without a chat template.
 
         Args:
           kind: the value of author.kind.

@@ -29,7 +29,7 @@ def _explain_errors(tokenizer: Tokenizer) -> contextlib.AbstractContextManager[N
 
 @functools.lru_cache(maxsize=8)
 def _copy_backend(tokenizer: Tokenizer, *, added: bool) -> tokenizers.Tokenizer:
-    """Copies the tokenizer; without added tokens, the copy finds no special tokens in a text."""
+    """Copies the tokenizer; if `added` is False, the copy finds no special tokens in a text."""
     with _explain_errors(tokenizer):
         settings = json.loads(tokenizer.backend_tokenizer.to_str())
         if not added:
@@ -61,8 +61,8 @@ def find_token_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int, in
       text: a text, for example a rendered chat template.
 
     Returns:
-      Start, end and id of each added token. The range also includes white space around
-      the token, if the token's options `lstrip` and `rstrip` remove it.
+      Start, end and id of each added token. If the token's options `lstrip` and `rstrip` remove the
+      white space around the token, this white space is part of the range.
     """
     encoding = _encode(tokenizer, text, added=True)
     added = set(find_added_tokens(tokenizer)[0].values())
@@ -116,7 +116,7 @@ def _reserved_characters(tokenizer: Tokenizer) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4)
 def _normalizes_tokens(tokenizer: Tokenizer) -> bool:
-    """Returns whether added tokens are searched in normalized text, so other spellings match."""
+    """Returns whether added tokens are found in normalized text, in which other spellings match."""
     found = tokenizer.added_tokens_decoder.values()
     normalizer = tokenizer.backend_tokenizer.normalizer
     return normalizer is not None and any(token.normalized for token in found)
@@ -127,13 +127,13 @@ def _list_private_characters(used: Collection[str]) -> Iterator[str]:
     for first, last in ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD)):
         yield from (chr(code) for code in range(first, last + 1) if chr(code) not in used)
     raise ValueError(
-        "a prompt contains all of Unicode's private-use characters, some of which must be free to "
-        "mark special tokens: remove such characters from the data"
+        "a prompt contains all of Unicode's private-use characters, but some must be unused, so "
+        "that they can mark special tokens: remove such characters from the data"
     )
 
 
 class Guard:
-    """Hides special tokens from chat templates: private-use characters stand for their texts.
+    """Hides special tokens from chat templates by putting private-use characters in their place.
 
     Attributes:
       mark: a private-use character that marks the start of the last conversation.

@@ -132,7 +132,7 @@ def select_tokens(
 
 
 def _find_error(settings: Settings, text: str, reply: Reply) -> tuple[tuple[int, int] | None, str]:
-    """Returns the span of the quoted error or of the wrong step, or None; also returns a status."""
+    """Returns the span of the quoted error or wrong step (None if not found), and a status."""
     steps = solution_steps.split_steps(text)
     named = steps[reply.step - 1] if reply.step and reply.step <= len(steps) else None
     if not reply.quote.strip():

@@ -125,10 +125,10 @@ def find_quote(text: str, quote: str | None, *, occurrence: str, threshold: floa
     r"""Finds a quote in a text: by an exact match, else a normalised match, else a fuzzy match.
 
     An exact match has the same code points as the quote, or as the quote without surrounding white
-    space. A normalised match equals the quote if both are composed canonically (NFC) and their
-    spacing is reduced. Between two letters or two digits, a run of spacing (white space,
-    `~`, `\,`, `\quad` and the like) becomes one blank. Any other spacing is removed, so "x+y"
-    equals "x + y". `{,}` becomes a comma. A fuzzy match is the longest substring that the
+    space. A normalised match equals the quote after both have been composed canonically (NFC) and
+    their spacing has been reduced. Between two letters or two digits, a run of spacing (white
+    space, `~`, `\,`, `\quad` and the like) becomes one blank. Any other spacing is removed, so
+    "x+y" equals "x + y". `{,}` becomes a comma. A fuzzy match is the longest substring that the
     normalised text and the normalised quote have in common. For a fuzzy match, only the span of the
     common substring is returned. No edit distance is used: at the same threshold, an edit distance
     would accept a quote with different numbers.

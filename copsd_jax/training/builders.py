@@ -138,9 +138,9 @@ def build_hand_over(frame: run_plan.ProgramPlan, frozen: dict, **call: Any) -> h
 def build_initializer(frame: run_plan.ProgramPlan, tx: Any) -> Callable[..., Any]:
     """Builds the function that makes the State at step 0 from the base parameters.
 
-    The trained tree of the State is the tree to start from, if there is one; otherwise, it is
-    either a new adapter or a float32 copy of all weights. A new adapter is made without reading the
-    base parameters.
+    If the run has a tree to start from, this tree becomes the trained tree of the State. Otherwise,
+    the trained tree is a new adapter (LoRA) or a float32 copy of all weights (full fine-tuning). A
+    new adapter is made without reading the base parameters.
 
     Args:
       frame: the plan of the run's programs.

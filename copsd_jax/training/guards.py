@@ -121,8 +121,8 @@ def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
     """Parses the rules of `guards.rules`.
 
     Raises:
-      ValueError: a text is not a valid rule or occurs twice, or a rule would never fire or always
-        fire.
+      ValueError: a text is not a valid rule, a text occurs twice, or a rule would fire either never
+        or always.
     """
     rules = tuple(_parse_guard_rule(text) for text in texts)
     for index, text in enumerate(texts):
@@ -292,7 +292,7 @@ def replay_events(rules: Sequence[Rule], lines: Iterable[str]) -> tuple[State, l
 
 
 def rebuild_events(said: list[dict], replayed: Sequence[Event]) -> list[dict]:
-    """Returns the entries of events.jsonl, completed by the replayed events that they lack."""
+    """Returns the entries of events.jsonl, together with the replayed events missing there."""
     known = {(entry["step"], entry["action"]) for entry in said}
     lost = [dataclasses.asdict(e) for e in replayed if (e.step, e.action) not in known]
     return sorted([*said, *lost], key=lambda entry: entry["step"])

@@ -54,7 +54,7 @@ class LoadedRun:
         None.
       lengths: for each of the sections rollout, eval and author, the number of cache entries that a
         slot needs.
-      stop: the request of a signal to stop the run.
+      stop: the object that notes whether a signal has asked the run to stop.
     """
 
     plan: run_plan.Plan
@@ -123,8 +123,8 @@ def load_run(
 def _measure_slot_lengths(plan: run_plan.Plan) -> dict[str, int]:
     """Returns the number of cache entries that a slot needs in each section.
 
-    A slot has room for the longest prompt (without exemplars) and the longest completion.
-    For the author, whose prompts are not known yet, and for sections without rows, the result is 0.
+    A slot has room for the longest prompt (without exemplars) and the longest completion. The
+    result is 0 for sections without rows, and for the author, whose prompts are not known yet.
     """
     config, out = plan.config, {"author": 0}
     completion = config.rollout.max_tokens
@@ -251,8 +251,9 @@ class ServedPolicy:
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         """Hands the policy over; returns the server that samples from the policy.
 
-        If the server has the policy, it is only asked whether it still has it, because it may have
-        been restarted. It cannot be asked for full weights, so these are loaded again.
+        If this policy was the last one handed over, the server lists its adapters. An adapter is
+        loaded again only if the list lacks it, for example after a restart. Full weights are always
+        loaded again, because the server cannot tell which full weights it has.
 
         Raises:
           failures.EngineError: the server did not load the weights.

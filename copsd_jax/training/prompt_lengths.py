@@ -55,8 +55,8 @@ def keep_fitting(
     if rows and not kept:
         path = config[source := "eval" if side == "evaluation" else "data"].path
         raise ValueError(
-            f"{setting} is {limit}: no row's prompt of {path} ({source}.path) fits; the shortest "
-            f"has {min(lengths)} tokens"
+            f"{setting} is {limit}: no prompt of {path} ({source}.path) fits; the shortest has "
+            f"{min(lengths)} tokens"
         )
     dropped = collections.Counter({f"prompt above {setting}={limit}": gone} if gone else {})
     return FittingRows(kept, {side: max((n for n in lengths if n <= limit), default=0)}, dropped)
@@ -110,8 +110,7 @@ def _keep_short_solutions(
         kept += [row] if length <= limit else []
     if rows and not kept:
         raise ValueError(
-            f"rollout.max_tokens is {limit}: no row's solution of {config.data.path} (data.path) "
-            "fits"
+            f"rollout.max_tokens is {limit}: no solution of {config.data.path} (data.path) fits"
         )
     long = {f"solution above rollout.max_tokens={limit}": len(rows) - len(kept)}
     return fitting._replace(rows=kept, dropped=fitting.dropped + collections.Counter(long))

@@ -28,7 +28,7 @@ def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
     for i, row in enumerate(done.rows):
         completion, verdict = done.completions[i], done.verdicts[i]
         ungraded = completion.finish if completion.dropped else "no_gold"
-        known = verdict if done.groups[i] >= 0 else None  # None also without a reward
+        known = verdict if done.groups[i] >= 0 else None  # None if the reward is unknown
         out.append(
             {
                 "id": row.id,

@@ -26,9 +26,9 @@ class Rollouts(NamedTuple):
     Attributes:
       rows: the problem of each completion.
       samples: the index of each completion among the completions of its problem, counted from 0.
-      groups: the index of each completion's group. A dropped completion ('nonfinite' or 'failed'),
-        or one without a reward, is in a group of its own, with a negative index, so that it affects
-        no other completion.
+      groups: the index of each completion's group. If a completion is dropped ('nonfinite' or
+        'failed') or has no reward, it forms a group of its own with a negative index, so that it
+        affects no other completion.
       asked: the student's prompt for each completion.
       completions: the sampled ids, with log-probabilities and the reason why sampling ended.
       decoded: the text of each completion without the end token, and the characters of each token.

@@ -151,8 +151,8 @@ def _plan_one_per_row(
 ) -> RowPlan:  # fmt: skip
     """Plans one completion per row; all rows are as long as the longest sample.
 
-    A budget is rounded up to a multiple of the longest sample's length. The samples of a real run
-    can be shorter, so that more of them fill the whole budget.
+    A budget is rounded up to a multiple of the longest sample's length, because the samples of a
+    real run can be shorter, and shorter samples can fill the whole budget.
     """
     B, lengths = len(completions_B), [round_up_row_size(n, ROW_MULTIPLE) for n in longest]
     rows = -(-budget // sum(lengths)) if budget else -(-B // (micros * shards))

@@ -89,7 +89,7 @@ def _check_context(s: Mapping[str, Any], settings: contexts.Settings) -> None:
         setting_rules.refuse(s, "author.kind", f"with context.kind={settings.kind} {choices}")
     if s["tokens.select"] in ("from_error", "error_step") and not context.locates_error:
         locating = [name for name, entry in contexts.CONTEXTS.items() if entry.locates_error]
-        rule = f"it goes with context.kind={', '.join(locating)}"
+        rule = f"it works only with context.kind={', '.join(locating)}"
         setting_rules.refuse(s, "tokens.select", rule)
     # Without a successful sibling, only the authors `grader` and `file` can work.
     compares = "siblings" in context.inputs(settings) and author not in ("grader", "file")

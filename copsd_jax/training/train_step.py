@@ -40,8 +40,8 @@ because the shardings come from `layout.batch_shardings` and from `builders.buil
 A step leaves weights, optimizer and average as they were if its loss or its gradient is not finite,
 or if the norm of its gradient is at most `Options.min_grad_norm`. Without the second rule, momentum
 and weight decay would move the weights in a step in which no token carries loss, and Adam would
-turn rounding errors into a full update. The count of such a step advances, but the optimizer's own
-count does not, so the learning-rate schedule stays where it was.
+turn rounding errors into a full update. `State.step` counts such a step. The optimizer's own count
+does not, so the learning-rate schedule stays where it was.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ class State(NamedTuple):
     """The state that a step updates.
 
     `trained` and `ema` are float32 trees of the same structure. For teachers other than ema, `ema`
-    is the adapter of the initial policy, which never changes, or None if that policy has none.
+    is the initial policy's adapter, which never changes. If the initial policy has no adapter,
+    `ema` is None.
     """
 
     step: jax.Array  # int32 scalar: number of completed steps
@@ -187,7 +188,8 @@ def init_train_state(
     """Returns the training state at step 0.
 
     With teacher.weights=ema, the average begins as a copy of the trained tree. With `keep`, the
-    trained tree is an adapter that is not zero, and a copy of it belongs to the initial policy.
+    trained tree is an adapter that is not zero, and the State keeps a copy of it as the adapter of
+    the initial policy.
     """
     ema = jax.tree.map(jnp.copy, trained) if keep or teacher == "ema" else None
     return State(jnp.zeros((), jnp.int32), trained, tx.init(trained), ema)

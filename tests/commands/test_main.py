@@ -82,7 +82,7 @@ def test_settings(refused):
 
 def test_lengths(refused):
     said = refused("--config.prompt.max_tokens=5")
-    assert "no row's prompt of bundled:train (data.path) fits; the shortest has" in said
+    assert "no prompt of bundled:train (data.path) fits; the shortest has" in said
     assert "positions" in refused("--config.rollout.max_tokens=4096")
     assert "data.overlong=drop" in refused(
         "--config.prompt.max_tokens=60", "--config.data.overlong=error"

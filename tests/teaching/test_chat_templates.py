@@ -252,7 +252,7 @@ def test_rows_that_a_template_refuses_are_refused():
 def test_a_template_that_quotes_or_measures_messages_is_refused(part):
     """The mark in front of the last message was left in the prompt as an escape."""
     shown = part if part == "{{ messages }}" else f"{{% for m in messages %}}{part}{{% endfor %}}"
-    with pytest.raises(ValueError, match="cannot be used: it gives other text than the contents"):
+    with pytest.raises(ValueError, match="cannot be used: it writes more about messages than"):
         prompts.build_student_prompt(load(shown + CHATML), spec("none"), make_row("en"))
 
 

@@ -63,7 +63,7 @@ REFUSED = {
     ),
     "59": (
         {"data__path": "{}/private_use.jsonl"},
-        "no row's prompt of {}/private_use.jsonl (data.path) fits",
+        "no prompt of {}/private_use.jsonl (data.path) fits",
     ),
 }
 
