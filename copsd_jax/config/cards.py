@@ -41,15 +41,15 @@ class Arguments(NamedTuple):
 def split_arguments(argv: Sequence[str]) -> Arguments:
     """Splits a command line, and checks the names of flags and settings, and simple values.
 
-    If a setting with one value occurs twice, the last one counts, so that a script can append
-    settings to its own.
+    If a setting that is not a list occurs twice, the last value counts, so that further settings
+    can be appended to those of a script.
 
     Args:
       argv: the command line; the first element is the name of the program.
 
     Raises:
-      ValueError: a name is unknown, a value is missing or has the wrong type, or a flag or a
-        setting with several values occurs twice.
+      ValueError: a name is unknown, a value is missing or has the wrong type, a flag occurs twice,
+        or a setting that is a list occurs twice.
     """
     found: dict[str, str] = {}
     words = iter(argv[1:])
@@ -102,12 +102,12 @@ def _is_list(name: str) -> bool:
 
 
 def _check_setting_text(name: str, text: str) -> None:
-    """Refuses the text of a number or switch that cannot be read, and of a list that is none."""
+    """Refuses a text that is not the number, switch or list that the setting needs."""
     if _is_list(f"config.{name}"):
         value: Any = ()
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text)
-        # ml_collections would take the numbers of the bytes, or the keys, as the list.
+        # ml_collections would make a list of the bytes, the dict's keys or the set's elements.
         if isinstance(value, bytes | dict | set):
             raise ValueError(config_lib.describe_type_fault(name, text))
     parser = _PARSERS.get(type(config_lib.SETTINGS[name].default))

@@ -50,7 +50,7 @@ class Condition(NamedTuple):
 
 
 class ListedBy(NamedTuple):
-    """The condition that the chosen entry of a table reads the setting.
+    """The condition that a setting is read by the entry that is chosen from a table.
 
     Attributes:
       setting: the name of the setting that chooses the table's entry, such as context.kind.
@@ -71,8 +71,8 @@ class Setting(NamedTuple):
       comment: the meaning of the setting, for `--help` and the documentation.
       allowed: the choices or the range; None if every value of the type is allowed.
       read_when: the conditions under which the setting is read; all of them must be true. If a
-        condition is false, any value but the default is refused, because such a value
-        has no effect.
+        condition is false, every value except the default is refused, because such a value has no
+        effect.
     """
 
     default: Any

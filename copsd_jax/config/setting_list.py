@@ -139,8 +139,8 @@ SETTINGS: dict[str, Setting] = {
         _FALLBACK),
     "context.correct": declare("distill", "correct completions: distil them too, or skip them",
         one_of("distill", "skip"), _TEACHER),
-    "context.filter_groups": declare(False, "leave groups with equal rewards without loss and "
-        "replies (DAPO)", None, _SAMPLES),
+    "context.filter_groups": declare(False, "no loss and no replies for groups whose rewards are "
+        "all equal (DAPO)", None, _SAMPLES),
     "context.section_tokens": declare(0, "maximum tokens of each attempt, sibling, feedback or "
         "reply that is shown; 0 for no limit", whole(0), _CONTEXT),
     "context.leak": declare("keep", "if a reply reveals the answer: keep the reply, mask the "
@@ -258,8 +258,8 @@ SETTINGS: dict[str, Setting] = {
 
     "guards.rules": declare("",
         "rules, such as 'repetition>0.5:stop,entropy_student<0.1@3:lr*0.5'"),
-    "guards.bad_steps": declare(3, "steps in a row with a loss or gradient that is not finite, or "
-        "without any usable completion, reply or reward, after which the run stops; 0: never",
+    "guards.bad_steps": declare(3, "stop after this many steps in a row with a loss or gradient "
+        "that is not finite, or without any usable completion, reply or reward; 0: never",
         whole(0)),
     "guards.logp_gap": declare(0.0, "bound of logp_gap_max, in nats; above it, a step warns, or "
         "stops the run if a loss reads the server's log-probabilities; 0: 0.01 in float32, 3 in "
@@ -272,7 +272,7 @@ SETTINGS: dict[str, Setting] = {
         "server that accepts token ids", one_of("local", "server")),
     "sampler.steps": declare(16, "tokens per slot in each call of decode", whole(1, 100_000),
         _LOCAL),
-    "sampler.pack": declare(512, "tokens of a prefill, or those of a longer prompt",
+    "sampler.pack": declare(512, "tokens per row of a prefill; a longer prompt gets its own row",
         whole(1, 16_777_216), _LOCAL),
     "sampler.cache": declare("auto", "dtype of keys and values; auto: dtype of the model",
         one_of("auto", "float32", "bfloat16", "int8"), _LOCAL),

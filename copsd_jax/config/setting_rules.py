@@ -116,7 +116,7 @@ def _check_setting_choice(
 def _refuse_unread_settings(s: Mapping, tables: config_lib.Tables) -> None:
     """Refuses a setting that differs from its default if nothing would read the setting.
 
-    If a condition names another setting, it need not repeat the conditions of that setting.
+    A condition that names another setting need not repeat the conditions of that setting.
     """
     for name, setting in config_lib.SETTINGS.items():
         for when in setting.read_when if s[name] != setting.default else ():
@@ -201,7 +201,7 @@ def _check_loss_settings(s: Mapping) -> None:
         if s["loss.divergence"] == "sampled" and s[name] != off:
             refuse(s, name, f"loss.divergence=sampled needs {name}={off}")
     if s["loss.top_k"] == 1 and not s["loss.tail"] and s["loss.top_k_of"] != "union":
-        refuse(s, "loss.top_k", "one entry renormalised is always 1; use 2, or loss.tail=True")
+        refuse(s, "loss.top_k", "a single entry renormalises to 1; use 2, or loss.tail=True")
     if s["loss.tail"] and not s["loss.top_k"]:
         refuse(s, "loss.tail", "loss.top_k is 0, so all tokens are summed and there is no tail")
     if s["loss.implementation"] == "pallas":
@@ -217,11 +217,11 @@ def _check_data_settings(s: Mapping, data: bool) -> None:
     written = s["prompt.exemplars"] > 0 or not methods.METHODS[s["method"]].samples
     if written and (s["reward.kind"], s["prompt.answer"]) == ("choice", "none"):
         # If a solution is followed by a bare letter, the grader cannot read the letter as a choice.
-        rule = "method=sft and prompt.exemplars write answers: with reward.kind=choice, use choice"
+        rule = "method=sft and prompt.exemplars write answers, so reward.kind=choice needs choice"
         refuse(s, "prompt.answer", rule)
     english = s["context.problem_en"] or s["context.solution"]
     if s["context.kind"] == "crosslingual" and not english:
-        refuse(s, "context.problem_en", "crosslingual needs it to be True, or context.solution")
+        refuse(s, "context.problem_en", "crosslingual needs this or context.solution to be True")
     languages, weights = tuple(s["data.lang"]), s["data.weights"]
     if not languages:
         refuse(s, "data.lang", "name at least one language")

@@ -111,7 +111,7 @@ def check_saved(values: Mapping[str, Any]) -> None:
 
 
 def check_range(name: str, value: Any) -> None:
-    """Checks the range of a setting; a setting with choices has none.
+    """Checks that a value is in its setting's range; a setting with choices has no range.
 
     Raises:
       ValueError: the value is outside the range; the message names the setting and the range.
@@ -126,7 +126,7 @@ def check_range(name: str, value: Any) -> None:
 
 
 def describe_type_fault(name: str, value: object) -> str:
-    """Returns an error message for a value of the wrong type; it names the type and the range."""
+    """Returns an error message for a value of the wrong type; names the needed type and range."""
     setting = SETTINGS[name]
     words = _TYPES[type(setting.default)][0]
     also = f" ({setting.allowed.words})" if isinstance(setting.allowed, Range) else ""
@@ -179,7 +179,7 @@ def split_lists(config: Config) -> None:
     """Splits the config's lists of words at commas, in place: ("sw,fr",) becomes ("sw", "fr").
 
     Raises:
-      ValueError: an item is not text. Python reads 1e999 on the command line as a number.
+      ValueError: an item is not text; for example, 1e999 on the command line is read as a number.
     """
     for full in _WORDS:
         section, _, name = full.partition(".")
@@ -198,9 +198,9 @@ def _check_words(name: str, items: Iterable[Any]) -> None:
 
 
 def unknown_setting(name: str) -> str:
-    """Returns an error message that names an unknown setting and the settings it may stand for."""
+    """Returns an error message that names an unknown setting and settings with similar names."""
     if name in RETIRED:
-        return f"--config.{name} no longer exists: leave it out, as if it were {RETIRED[name]!r}"
+        return f"--config.{name} no longer exists: leave it out, which means {RETIRED[name]!r}"
     section = f"{name.rstrip('.')}."
     if inner := [k.removeprefix(section) for k in SETTINGS if k.startswith(section)]:
         return (

@@ -149,7 +149,7 @@ def estimate_dry_run_times(run: programs.Run) -> dict[str, Any]:
 
 
 def _list_hand_over_programs(run: programs.Run) -> list[programs.Program]:
-    """Returns the hand-over programs of each step; a frozen base's program runs only once."""
+    """Returns the hand-over programs of each step; the program for a frozen base runs only once."""
     found, c = run.phases["hand-over"].programs, run.frame.config
     if c.train.trainable == "full" or c.sampler.merge:
         return found

@@ -108,7 +108,7 @@ def count_updates(workdir: str | os.PathLike, steps: int) -> int:
 
 
 def count_failed_metric_lines(workdir: str | os.PathLike, steps: int) -> int:
-    """Returns how many of the first `steps` steps were skipped, because they failed."""
+    """Returns how many of the first `steps` steps were skipped because they failed."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = _read(path)[0] if path.exists() else []
     return sum(row["step"] <= steps and float(row.get("failed", 0)) > 0 for row in rows)
@@ -159,8 +159,8 @@ def _spell_metric_steps(steps: list[int]) -> str:
 def _rebuild_board(folder: pathlib.Path, rows: list[dict]) -> storage.Appender:
     """Writes a new event file with the given rows, then removes the run's older event files.
 
-    At any moment, the folder contains every step that was written. A kill between the two actions
-    leaves two files, of which the next start removes both.
+    At any moment, the folder contains every step that was written. If the run is killed between the
+    two actions, two files are left; the next start removes both after it has written a new file.
     """
     with storage.explain(folder):
         folder.mkdir(exist_ok=True)
@@ -203,9 +203,9 @@ def _build_records(lines: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
 
 
 def _compute_checksums(texts: Sequence[bytes]) -> list[bytes]:
-    """Returns the masked CRC-32C of each text, as TFRecords have it.
+    """Returns the masked CRC-32C of each text, which is the checksum in a TFRecord.
 
-    All texts are processed together, byte by byte, in a tenth of the time of tensorboardX.
+    All texts are processed together, byte by byte. This takes a tenth of tensorboardX's time.
     """
     from tensorboardX import crc32c, record_writer
 

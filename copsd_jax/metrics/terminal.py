@@ -96,7 +96,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends the line on a terminal; on other streams, writes the last state if unwritten."""
+        """Ends the line on a terminal; elsewhere, writes the last state if this is not yet done."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:

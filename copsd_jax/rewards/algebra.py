@@ -1,7 +1,7 @@
 """Comparison of formulas by math-verify, with stricter tests; imported only by worker processes.
 
-math-verify compares numbers after rounding to six decimals, so 1/3^60 equals 1/3^61. It folds the
-case of letters, and drops words that look like units to it ("8 ab" is 8). A relation without
+math-verify compares numbers after rounding to six decimals, so 1/3^60 equals 1/3^61. It ignores the
+case of letters, and drops every word that it takes for a unit ("8 ab" is 8). A relation without
 variables becomes a truth value, so 3 = 3 equals every true statement.
 """
 
@@ -15,8 +15,8 @@ import math_verify.parser
 import sympy
 
 _DIGITS = 50
-_EXACT = sympy.Rational(1, 10**25)  # relative difference of two exact forms
-_ROUNDED = sympy.Rational(2, 10**6)  # of a decimal and the number that it rounds
+_EXACT = sympy.Rational(1, 10**25)  # largest relative difference of two exact forms
+_ROUNDED = sympy.Rational(2, 10**6)  # the same for a number and its rounded decimal
 _POINTS = (sympy.Rational(37, 29), sympy.Rational(113, 47))
 
 
@@ -59,7 +59,7 @@ def build_comparison() -> Callable[[str, str, bool], str]:
 
 
 def check_strictly(gold: Any, answer: Any) -> bool:
-    """Tells whether two objects that math-verify accepts as equal stand a stricter test."""
+    """Tells whether two objects that math-verify accepts as equal also pass a stricter test."""
     if isinstance(gold, sympy.Rel) and isinstance(answer, sympy.Rel):
         if gold.free_symbols or answer.free_symbols:
             return True
@@ -80,7 +80,7 @@ def check_strictly(gold: Any, answer: Any) -> bool:
 
 
 def _match_sets(gold: list, answer: list) -> bool:
-    """Tells whether each element of one set has its own equal in the other."""
+    """Tells whether the elements of two sets form pairs of equal elements."""
     left = list(answer)
     for element in gold:
         match = next((other for other in left if check_strictly(element, other)), None)
@@ -91,7 +91,7 @@ def _match_sets(gold: list, answer: list) -> bool:
 
 
 def _agree(gold: Any, answer: Any) -> bool:
-    """Tells whether two expressions agree at fixed points of their variables."""
+    """Tells whether two expressions agree if a few fixed numbers replace their variables."""
     if not isinstance(gold, sympy.Expr) or not isinstance(answer, sympy.Expr):
         return True
     symbols: Any = sorted(gold.free_symbols | answer.free_symbols, key=str)

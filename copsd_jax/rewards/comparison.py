@@ -1,8 +1,9 @@
 """Comparison of two answers as strings, exact numbers, quantities and words.
 
 `compare_plainly` decides most pairs. The pairs that it leaves undecided are formulas, which
-`graders.Grader` hands to a worker. The rules are strict: a list is no tuple, a number in base 7 is
-no number in base 10, a word is no product of letters, and 5 cm are not 5 m.
+`graders.Grader` hands to a worker. The rules are strict: a list never equals a tuple, a number in
+base 7 never equals a number in base 10, a word is never read as a product of letters, and 5 cm do
+not equal 5 m.
 """
 
 import fractions
@@ -45,7 +46,8 @@ def _normalize_folded(text: str) -> str:
 def is_words(text: str) -> bool:
     """Tells whether a folded text consists of words, and is neither a formula nor a variable.
 
-    Words of up to three ASCII letters without e, i or o may be products of variables: "ab".
+    A short ASCII token such as "ab" may be a product of variables. Therefore, a token of two or
+    three ASCII letters counts as a word only if it contains e, i or o.
     """
     tokens = re.findall(r"[^\W\d_]+", _COMMAND.sub(" ", text))
     if not tokens or _COMMAND.search(text) or re.search(r"[\d=<>^_+*/{}]", text):
@@ -58,11 +60,11 @@ def is_words(text: str) -> bool:
 
 @functools.lru_cache(maxsize=100_000)
 def is_readable(text: str) -> bool:
-    r"""Tells whether an answer may have other notations with the same value, as 1/2 has 0.5.
+    r"""Tells whether an answer may have other notations of the same value, such as 0.5 for 1/2.
 
-    An answer is not readable if it is prose, such as a whole solution, if it has several lines
-    without LaTeX, if it is longer than `numerals.LONGEST`, if its braces do not match, or if it has
-    neither letters nor digits.
+    An answer is not readable in each of these cases: it is prose (for example, a whole solution);
+    it has several lines and no LaTeX; it is longer than `numerals.LONGEST`; its braces do not
+    match; it has neither letters nor digits.
     """
     folded = notation.fold(text)
     if len(folded) > numerals.LONGEST or not re.search(r"[^\W_]", folded):
@@ -102,7 +104,7 @@ def compare_plainly(gold: str, answer: str, policy: str = "words") -> bool | Non
 
 
 def _compare_choices(gold: str, answer: str) -> bool | None:
-    """Compares the letters of choices, if one side is a bare "B" and the other has a mark: "(B)"."""
+    """Compares the letters of two choices; each may be written as "B", "(B)" or "B) text"."""
     letters = []
     for side in (gold, answer):
         bare, full = _LETTER.fullmatch(side), _LETTER_WITH_TEXT.fullmatch(side)
@@ -113,7 +115,7 @@ def _compare_choices(gold: str, answer: str) -> bool | None:
 
 
 def _compare_bases(gold: str, answer: str) -> bool | None:
-    """Compares numbers of which at least one is written with its base, such as 101_2."""
+    """Compares two numbers if at least one is written with its base, such as 101_2."""
     left, right = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
     if left and right and (left[1].isdigit() or right[1].isdigit() or left[1] == right[1]):
         read = [(m[1].upper().lstrip("0"), int(m[2] or m[3])) for m in (left, right)]
@@ -136,7 +138,7 @@ def _compare_clocks(gold: str, answer: str) -> bool | None:
 
 
 def _compare_quantities(gold: str, answer: str, policy: str) -> bool | None:
-    """Compares two numbers with or without units; returns None if a side is none."""
+    """Compares two numbers, with or without units; returns None if undecided."""
     left, right = units.read_quantity(gold, policy), units.read_quantity(answer, policy)
     named = [_NAMED.fullmatch(side) for side in (gold, answer)]
     if left is None and named[0] and not named[1]:
@@ -153,8 +155,8 @@ def _compare_quantities(gold: str, answer: str, policy: str) -> bool | None:
 
 
 def _compare_values(left: units.Quantity, right: units.Quantity, policy: str) -> bool | None:
-    # A comma counts as a decimal comma only if the gold answer has a unit, because "3,5" alone may
-    # be a list. With a unit, one side is a number, so "3,5" on the other side is a number too.
+    # In the gold answer, a comma counts as a decimal comma only beside a unit or noun, because
+    # "3,5" alone may be a list. If the gold answer is a number, so is "3,5" in the other answer.
     worded = bool(left.units or left.words)
     one = left.compute_value(comma=worded)
     if one is None:

@@ -13,7 +13,7 @@ _ANSWER_IS = re.compile(
 )
 # A sentence ends at a full stop before white space, so 3.5 is not split.
 _SENTENCE_END = re.compile("[.!?](?=\\s|$)|[\u3002\uff01\uff1f\u0964\u1362\u06d4\u061f]|\n")
-# Abbreviations before which nothing ends: "Dr. Lee", "Rs. 26".
+# A full stop after one of these abbreviations does not end a sentence: "Dr. Lee", "Rs. 26".
 _ABBREVIATION = re.compile(r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|approx|Rs|Rp)|(?<!\S)(?:రూ))$")
 # A reason that follows the answer is not part of the answer.
 _REASON = re.compile(r",?\s+(?:since|because)\b|,\s+(?:as|so|which|where|given\s+that)\s")
@@ -80,7 +80,7 @@ def _compile_between() -> re.Pattern[str]:
 
 
 def _read_box(text: str, start: int) -> tuple[str, int] | None:
-    """Reads the box that begins at `start`; returns (content, end), or None if it is no box."""
+    """Reads the box at `start`; returns (content, end), or None if no complete box is there."""
     at = start + len("\\boxed")
     if text[at : at + 1].isalpha():  # \boxedfoo is another command
         return None

@@ -27,7 +27,7 @@ STATUSES = (
 UNRESOLVED = ("timeout", "died", "too_long")  # undecided, but counted as wrong
 
 _CACHED = 100_000  # maximum number of comparisons and texts that are remembered
-_CLASS_LIMITS = 6  # time limits of one comparison after which a vote leaves pairs undecided
+_CLASS_LIMITS = 6  # a vote stops asking math-verify after this many times `seconds`
 
 Verdict = tuple[bool, str]  # (equal, status)
 
@@ -50,7 +50,7 @@ class Grader:
       where: the same as for `extract_answer`.
       seconds: the time limit of one comparison by math-verify.
       kind: `strict`, or `published`, which also accepts the pairs that math-verify accepts.
-      policy: the words that may be left out: a policy of `units.POLICIES`.
+      policy: which words an answer may leave out; one of `units.POLICIES`.
       workers: maximum number of processes; a process is started only when an answer needs one.
       memory: maximum address space of each worker, in bytes (Linux only).
 
@@ -133,7 +133,7 @@ class Grader:
         return reply
 
     def _find_heavy(self, *answers: str) -> None:
-        """Records which answers exceed a limit even beside the number 1."""
+        """Records which answers exceed a limit even if they are compared with the number 1."""
         for answer in answers:
             formula = comparison.prepare_formula(answer, self._policy)[0]
             reply = self._ask(formula, "1", strict=True)
@@ -164,8 +164,8 @@ class Grader:
         """Groups equal answers; returns the index of each answer's class.
 
         Classes are numbered in order of first appearance. An answer is compared with the first
-        answer of each class. The class of None is -1. Equal strings are compared once. After
-        several timeouts, the remaining answers are only compared as strings and numbers.
+        answer of each class. The class of None is -1. Equal strings are compared once. If the
+        grouping takes longer than several time limits, math-verify compares no further answers.
         """
         deadline = time.monotonic() + _CLASS_LIMITS * self._seconds
         firsts: list[str] = []

@@ -68,7 +68,7 @@ class Verdict:
 
 
 def lacks_reward(status: str) -> bool:
-    """Returns whether a status says that a user's function raised or returned no finite number."""
+    """Returns whether a status says that a user's function raised, or returned no finite number."""
     return status.partition(":")[0] in ("raised", "no_number")
 
 
@@ -304,9 +304,10 @@ def _score_calls(wanted: _Calls, text: str) -> Verdict:
 
 
 def is_reward_function_error(error: BaseException) -> bool:
-    """Returns whether a user's module or function raised an exception, and not a signal.
+    """Returns whether an error comes from a user's module or function, and not from a signal.
 
-    In a run, signals raise no KeyboardInterrupt. `signals.Stopped` must end the step.
+    In a run, no signal raises KeyboardInterrupt, so this exception comes from the user's code.
+    `signals.Stopped` comes from a signal, and must end the step.
     """
     if isinstance(error, KeyboardInterrupt):
         return signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -349,7 +350,7 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
         return _lack_reward(f"raised:{type(error).__name__}", detail)
     pair: Any = result if isinstance(result, tuple) else (result, "")
     returned = f"it returned a value of the type {type(result).__name__}"
-    # The user's object may raise, and Python writes no number of more than 4,300 digits.
+    # Methods of the user's object may raise, and Python cannot write an int of over 4,300 digits.
     with contextlib.suppress(Exception):
         typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
         if typed and math.isfinite(number := float(pair[0])):
@@ -374,8 +375,8 @@ class Reward:
     Attributes:
       score: function of (rewarder, gold answers, texts) that returns one verdict per text.
       answer_forms: the values of prompt.answer for which this kind of reward can read answers.
-      read_gold: function that reads a gold answer or raises ValueError; None if any text is a valid
-        gold answer.
+      read_gold: function that reads a gold answer or raises ValueError; None if every text is a
+        valid gold answer.
       settings: names of the settings that only this kind reads.
     """
 
@@ -416,7 +417,7 @@ def check_gold_answers(
         _read_gold(kind, golds[unreadable[0]], f"row {unreadable[0]!r} of {setting}")
     if unreadable and len(unreadable) == len(golds):
         row, gold = next(iter(golds.items()))
-        blank = "" if needed else ", or be blank, because a row without it is not graded"
+        blank = "" if needed else ", or be blank if the row is not to be graded"
         raise ValueError(
             f"{setting}: the grader cannot read any of the {len(golds)} gold answers, for example "
             f"{_shorten(gold)!r} of row {row!r}; the field 'answer' must contain only the final "

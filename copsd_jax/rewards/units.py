@@ -2,9 +2,9 @@
 
 For each language, `units.json` has one entry per meaning of a word. Units and currencies may be
 left out of an answer. Scales multiply the number (thousand, lakh, 万). Values change the number in
-another way (half, squared). There are also powers (square, cubic) and joins (and, or). No entry has
-been checked by a speaker of the language yet; `checked` says so. Entries of the language `und` are
-international symbols.
+another way (half, squared). There are also powers (square, cubic) and joins (and, or). The field
+`checked` tells whether a speaker of the language has checked the entry; so far, it is false in all
+entries. Entries of the language `und` are international symbols.
 """
 
 import collections
@@ -58,7 +58,7 @@ class Quantity:
     words: frozenset[str] = frozenset()
 
     def compute_value(self, comma: bool) -> fractions.Fraction | None:
-        """Returns the exact value; `comma` reads "3,5" as 3.5."""
+        """Returns the exact value; if `comma` is true, "3,5" is read as 3.5."""
         number = numerals.parse_number(self.number, comma)
         value = fractions.Fraction(number) if number else numerals.parse_exact(self.number)
         return None if value is None else value * self.scale
@@ -245,8 +245,9 @@ def split_unit(text: str) -> tuple[str, frozenset[str]]:
 def agree(gold: Quantity, answer: Quantity, policy: str) -> bool:
     """Tells whether the units and nouns of two quantities agree.
 
-    If both sides state a listed unit, a meaning must be common. If both state other words, one side
-    must state all words of the other. If one side states nothing, the policy decides.
+    If one side states nothing, the policy decides. If one side states a listed unit, the other must
+    state a unit with a common meaning. If both sides state only other words, one side must state
+    all words of the other.
     """
     stated = [bool(side.units or side.words) for side in (gold, answer)]
     if not all(stated):

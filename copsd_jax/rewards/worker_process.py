@@ -105,8 +105,8 @@ def _run_grader_worker(memory: int) -> None:
     import resource
     import signal
 
-    # If a machine shuts down, all its processes get SIGTERM. Without its workers, the run would
-    # grade the step that it still completes differently. The run ends its workers itself.
+    # If a machine shuts down, all its processes get SIGTERM, but the run still completes its step.
+    # Without workers, the step would be graded differently. The run ends its workers itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":  # macOS refuses a limit on the address space
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -116,7 +116,7 @@ def _run_grader_worker(memory: int) -> None:
     from copsd_jax.rewards import algebra
 
     compare = algebra.build_comparison()
-    compare("x+1", r"\frac{x}{2}", True)  # builds tables, so no time limit applies here
+    compare("x+1", r"\frac{x}{2}", True)  # builds tables before comparisons have a time limit
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):  # a worker writes no files
         resource.setrlimit(limit, (0, 0))
     print(json.dumps("ready"), file=replies, flush=True)

@@ -160,7 +160,8 @@ def load_params(
 ) -> dict:  # fmt: skip
     """Loads the parameter tree; kernels are [in, out], and layers are stacked along the first axis.
 
-    If the embeddings are tied, a stored head is not read: `check_weights` compares it with them.
+    If the embeddings are tied, a stored head is not read here. `check_weights` compares such a head
+    with the embeddings.
 
     Leaves are read one at a time, and `place` decides which parts of a leaf are read. At any time,
     host memory holds only one part of a leaf in addition to the arrays that `place` keeps.
@@ -229,8 +230,8 @@ def _split_weight_rows(start: int, stop: int) -> list[slice]:
 def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors; reading a tensor fetches its leaf to the host.
 
-    Each leaf is fetched only once, although only one leaf is cached: the map lists the tensors of a
-    leaf consecutively.
+    The cache holds only one leaf. Each leaf is nevertheless fetched only once, because the map
+    lists all tensors of a leaf one after another.
     """
     leaves = _map_weight_paths(params)
     expected = _leaf_shapes(config)

@@ -25,13 +25,13 @@ NEEDED = {  # field of ModelConfig -> its key in config.json
     "n_heads": "num_attention_heads",
     "max_position": "max_position_embeddings",
 }
-# Sizes that transformers assumes where a config.json of the family names none.
+# Sizes that transformers assumes if a config.json of the family does not state them.
 DEFAULTS = {
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
     "qwen2": {"num_key_value_heads": 32},
     "llama": {},
 }
-# Errors of Python where a value in a config has a type or size that no model has.
+# Exceptions that Python raises if a value in a config has a type or size that no model has.
 WRONG_VALUE = (TypeError, AttributeError, KeyError, IndexError, ArithmeticError, RecursionError)
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

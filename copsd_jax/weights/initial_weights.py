@@ -1,4 +1,4 @@
-"""The weights that a new run starts from in place of those of model.path: `model.init_from`.
+"""Weights from which a new run starts, instead of those of model.path (`model.init_from`).
 
 The setting names a folder of one of three kinds:
 
@@ -28,7 +28,7 @@ from copsd_jax.weights import hf, hf_config, peft
 
 # The settings that decide the weights of a model with random weights.
 DRAWN_BY = ("seed", "model.init", "model.shape", "model.dtype")
-# Places a tree: returns the shardings of a tree's leaves.
+# A function that takes a tree, and returns the shardings of its leaves.
 FindShardings = Callable[[Any], Any]
 
 
@@ -52,12 +52,12 @@ class Source(NamedTuple):
 
 
 def refuse(source: Source, rule: str) -> NoReturn:
-    """Raises a ValueError that names the setting, the folder, and the rule that it breaks."""
+    """Raises a ValueError that names the setting, the folder, and the broken rule."""
     raise ValueError(f"model.init_from is {str(source.folder)!r}: {rule}")
 
 
 def resolve_initial_weights(path: str) -> str:
-    """Returns the folder of the newest checkpoint for a work directory; other paths are unchanged.
+    """Returns the newest checkpoint's folder for a work directory; returns other paths unchanged.
 
     Raises:
       ValueError: the work directory has no checkpoint.
@@ -108,7 +108,7 @@ def check_source(
     source: Source | None, settings: Mapping[str, Any], shape: transformer.ModelConfig,
     base: pathlib.Path,
 ) -> None:  # fmt: skip
-    """Refuses weights that do not fit the run; reads only headers, and a head of tied embeddings.
+    """Refuses weights that do not fit the run; reads only headers and the values of a tied head.
 
     Args:
       source: the folder to start from.
@@ -170,7 +170,7 @@ def _describe_adapter(
 
 
 def _check_base(source: Source, settings: Mapping[str, Any], base: pathlib.Path) -> None:
-    """Refuses the adapter of a run that was trained on other base weights."""
+    """Refuses a run's adapter if the adapter was trained on other base weights."""
     try:
         start = workdir.read_starts(source.folder.parent.parent / "run.json")[0]
     except ValueError as error:
@@ -223,21 +223,21 @@ def load_initial(
     source: Source | None, path: str, load_base: Callable[..., dict],
     shape: transformer.ModelConfig, dtype: Any, trainable: str, find_shardings: FindShardings,
 ) -> tuple[dict, dict | None]:  # fmt: skip
-    """Loads the base parameters, and the trained tree to start from; all numbers are finite.
+    """Loads the base parameters and the initial trained tree; checks that all numbers are finite.
 
     Args:
       source: the folder to start from, or None.
       path: the value of model.path, for messages.
-      load_base: function that loads the base parameters of model.path or, if it is called with a
-        Hugging Face folder, of that folder.
+      load_base: function that loads base parameters: `load_base()` loads those of model.path, and
+        `load_base(folder)` loads those of a Hugging Face folder.
       shape: the shape of the model.
       dtype: dtype of the base parameters.
       trainable: lora or full.
       find_shardings: function that returns the shardings of a tree.
 
     Returns:
-      The base parameters, and the trained tree: float32, an adapter or all parameters. None means
-      that the trained tree is a new adapter or a copy of the base parameters.
+      The base parameters, and the trained tree in float32: an adapter or all parameters. None in
+      place of the trained tree means a new adapter or a copy of the base parameters.
 
     Raises:
       checkpoint.UnusableCheckpoint: the folder to start from was damaged after it was checked.

@@ -27,8 +27,8 @@ from copsd_jax.weights import names, tensor_files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOAT32 = np.dtype(np.float32)
 
-# The fields of adapter_config.json that `open_adapter` uses, and those that change no numbers of a
-# trained adapter.
+# USED lists the fields of adapter_config.json that `open_adapter` reads. DESCRIPTIVE lists those
+# that do not change the numbers of a trained adapter.
 USED = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
 DESCRIPTIVE = (
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"),
@@ -36,8 +36,8 @@ DESCRIPTIVE = (
     # The tensors show which projections have an adapter.
     *("target_modules", "exclude_modules"),
 )
-# Fields that can change how an adapter is computed, each with its neutral values. For
-# an unknown field, these values are UNSET.
+# PLAIN lists fields that can change how an adapter is computed, each with its neutral values. The
+# neutral values of every other field are UNSET.
 UNSET = (None, False, [], {})
 PLAIN: dict[str, tuple] = {"bias": ("none",), "loftq_config": (None, {})}
 # Initialisations that leave the base weights as they are.
@@ -116,7 +116,7 @@ def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
     if raw.get("peft_type") != "LORA":
         refuse("peft_type", "only 'LORA' is supported")
     for name in raw.keys() - {*USED, *DESCRIPTIVE}:
-        # Both are compared in JSON, where 0 is not false.
+        # The values are compared as JSON text, because 0 equals False in Python.
         if json.dumps(raw[name]) not in map(json.dumps, PLAIN.get(name, UNSET)):
             allowed = " or ".join(map(repr, PLAIN.get(name, UNSET[:2])))
             refuse(name, f"only plain LoRA is supported, which has {allowed} here")
@@ -132,7 +132,7 @@ def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
         number: Any = raw.get(name)
         kinds = (int,) if name == "r" else (int, float)
         if type(number) not in kinds or not 0 < number < 10**9:
-            whole = " without fraction" * (name == "r")
+            whole = ", without a fraction" * (name == "r")
             refuse(name, f"it must be a positive number below 10**9{whole}")
     # PEFT scales by alpha / r, or by alpha / sqrt(r) with use_rslora.
     alpha = raw["lora_alpha"] * (math.sqrt(raw["r"]) if raw.get("use_rslora") else 1)

@@ -104,8 +104,8 @@ def _explain_errors(path: pathlib.Path) -> contextlib.AbstractContextManager[Non
 def _check_tokenizer(tok: transformers.PreTrainedTokenizerFast, path: pathlib.Path) -> None:
     """Refuses ids that no model has, and a tokenizer that fails at its first text.
 
-    For each id between 0 and the highest id, the library spends time and memory to write a
-    tokenizer, so one wrong id could take all memory.
+    When the library writes a tokenizer, it spends time and memory on every number from 0 to the
+    highest id, so a single wrong id that is very high could take all memory.
     """
     with _explain_errors(path):
         highest = max(tok.get_vocab().values(), default=-1)
@@ -221,8 +221,8 @@ def _post_processor(
 ) -> Any:
     """Builds a post-processor that adds the BOS token to plain text if add_bos_token is true.
 
-    Chat templates write the BOS token themselves. Without add_bos_token, llama.cpp adds the BOS
-    token if the splitter is llama-bpe.
+    Chat templates write the BOS token themselves. If the file has no entry add_bos_token, the BOS
+    token is added if the splitter is llama-bpe, as in llama.cpp.
     """
     default = fields["tokenizer.ggml.pre"] == "llama-bpe"
     if not fields.get("tokenizer.ggml.add_bos_token", default):
@@ -250,7 +250,7 @@ def find_stop_ids(
       tok: the tokenizer.
       path: the resolved path of the model.
       vocab_size: the number of embeddings of the model; None accepts every id.
-      turn_end: the id with which the chat template ends a turn; None for none.
+      turn_end: the id with which the chat template ends a turn; None if there is no such id.
 
     Returns:
       The ids in ascending order.
@@ -268,11 +268,11 @@ def find_stop_ids(
 def describe_contradictions(
     tok: transformers.PreTrainedTokenizerBase, turn_end: int | None
 ) -> list[str]:
-    """Describes contradictions between a tokenizer's files that do not stop a run, one a line.
+    """Returns a line for each contradiction between a tokenizer's files that does not stop a run.
 
     Args:
       tok: the tokenizer, from `load`.
-      turn_end: the id with which the chat template ends a turn; None for none.
+      turn_end: the id with which the chat template ends a turn; None if there is no such id.
     """
     lines = []
     if turn_end not in (None, tok.eos_token_id):

@@ -255,7 +255,7 @@ def test_a_value_that_nothing_reads_is_refused(name):
             "rollout.temperature is 1e-05: it must be 0 (greedy) or at",
         ),
         ({"eval__temperature": 1e-300}, "eval.temperature is 1e-300: it must be 0 (greedy) or at"),
-        ({"loss__top_k": 1}, "loss.top_k is 1: one entry renormalised is always 1"),
+        ({"loss__top_k": 1}, "loss.top_k is 1: a single entry renormalises to 1"),
         ({"loss__beta": 1e-9, "loss__divergence": "jsd"}, "loss.beta is 1e-09: it must be betw"),
         ({"loss__temperature": 1e-4}, ""),
         ({"loss__clip_mode": "huber", "loss__clip": 1e-9}, ""),

@@ -463,8 +463,8 @@ def test_gold_answers_of_which_none_can_be_read():
     ) as e:
         check("answer", {"row1": prose, "row2": prose}, "data.path")
     assert "\n" not in str(e.value)
-    assert str(e.value).endswith("the field answer must have the final answer alone")
-    with pytest.raises(ValueError, match=r"alone, or be blank, because a row without it is not gr"):
+    assert str(e.value).endswith("the field 'answer' must contain only the final answer")
+    with pytest.raises(ValueError, match=r"answer, or be blank if the row is not to be graded"):
         check("answer", {"row1": prose}, "data.path", needed=False)
     check("answer", {"row1": prose, "row2": "7"}, "data.path")
     golds = {"row1": prose, "row2": "7", "row3": "B", "row4": call("f", a=1)}
