@@ -1,9 +1,10 @@
 """Decode attention for TPUs (Pallas, Mosaic); the kernel reads only live parts of a cache.
 
 One query token per slot attends to the first `length` entries of its slot. The kernel visits the
-live blocks slot by slot. The kernel itself starts to fetch a live block when it is `buffers` - 1
-blocks away, even if the block belongs to a later slot. For the last block of a slot, the kernel
-fetches only the 128-entry chunks that contain a live entry:
+live blocks slot by slot, and starts the fetches itself. Before the kernel processes a block, it
+starts to fetch the live block that comes `buffers` - 1 blocks later, even if that block belongs to
+a later slot. For the last block of a slot, the kernel fetches only the 128-entry chunks that
+contain a live entry:
 
     lengths 300, 0, 40; blocks of 256     fetch        0          1          2
                                           slot         0          0          2
@@ -56,7 +57,7 @@ _TWO_CORES = ("TPU v5", "TPU v5p")  # devices with two cores
 _FETCH = 1e-6  # intended time to fetch a block, in seconds
 _LONGEST = 1024  # maximum number of entries in a block
 _BUFFERS = 8 << 20  # maximum size of keys and values in VMEM, in bytes
-_ROWS = 4 << 20  # size of the queries and results of one program in VMEM, in bytes
+_ROWS = 4 << 20  # intended maximum of VMEM for the queries and results of one program, in bytes
 
 
 @dataclasses.dataclass(frozen=True)

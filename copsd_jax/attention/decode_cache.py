@@ -18,12 +18,12 @@ class Cache(NamedTuple):
 
 
 class PartialSoftmax(NamedTuple):
-    """The part that some of the keys contribute to a softmax over a larger set of keys.
+    """The contribution of some of the keys to a softmax over a larger set of keys.
 
     Attributes:
-      out_JKMH: sum of exp(logit - top) · value over the keys of the part, float32.
+      out_JKMH: sum of exp(logit - top) · value over these keys, float32.
       top_JKM: largest logit, float32; visibility.MASKED_LOGIT if no key is seen.
-      total_JKM: sum of exp(logit - top) over the keys of the part, float32.
+      total_JKM: sum of exp(logit - top) over these keys, float32.
     """
 
     out_JKMH: jax.Array

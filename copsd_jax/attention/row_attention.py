@@ -102,8 +102,8 @@ def _attend_portable(block: int, inputs: visibility.RowInputs) -> jax.Array:
 def _split_ranges(inputs: visibility.RowInputs, block: int, others: tuple = ()) -> list[tuple]:
     """Returns (keys, part) for each range of queries; `keys` are all keys that the range may see.
 
-    `part` holds (queries, *others, visibility, index) for the range; `others` are arrays [B, L,
-    ...].
+    `part` holds (queries, *others, visibility, index) for the range. The shapes of `others` are
+    [B, L, ...].
     """
     length = inputs.q_BLKMH.shape[1]
     index_1L = jnp.arange(length, dtype=jnp.int32)[None]
@@ -145,7 +145,7 @@ def _attend_backward(block: int, kept: tuple, g_BLKMH: jax.Array) -> tuple[visib
     def add(parts):
         return functools.reduce(jnp.add, parts)
 
-    def add_ranges(parts):  # arrays [B, K, H, S] of several lengths S -> their sum [B, L, K, H]
+    def add_ranges(parts):  # arrays [B, K, H, S] with different S -> their sum [B, L, K, H]
         pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, length - x.shape[3]),))  # noqa: E731
         return add(map(pad, parts)).transpose(0, 3, 1, 2).astype(dtype)
 

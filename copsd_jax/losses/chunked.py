@@ -34,7 +34,7 @@ def sweep_block(sweep: split_vocabulary.Sweep, rows: tuple) -> tuple[tuple, jax.
 
     Returns:
       The pair (TokenStats, gradient of the student's states [T, D]), and the gradient of the
-      student's head [V, D]. The gradients are those of Σ weight · value. A gradient that is not
+      student's head [V, D]. Both gradients are those of Σ weight · value. A gradient that is not
       requested is None.
     """
     hidden, inputs = rows

@@ -94,8 +94,9 @@ def _differentiable_entries(
     """Returns differentiable entries [T, K], and a bool array [T, K] that marks clipped entries.
 
     The entries have the values that `divergences.compute_entries` returns. Each entry is the sum of
-    two terms: a constant, and a term that has the value 0 and the derivative of the entry. The
-    derivative of the shift is left out, because it sums to 0 over the vocabulary.
+    two terms. The first term is a constant that has the entry's value. The second term has the
+    value 0, but its derivative is the derivative of the entry. The derivative of the shift is left
+    out, because this derivative sums to 0 over the vocabulary.
     """
     fixed = jax.lax.stop_gradient((student, teacher))
     e, _, clipped = divergences.compute_entries(*fixed, settings)

@@ -91,7 +91,10 @@ def resolve_implementation(
     elif settings.top_k:
         reason = f"its kernels do not support top_k, which is {settings.top_k}"
     elif not one_width:
-        reason = "its kernels need one width, and a trust region of all weights has two widths"
+        reason = (
+            "its kernels need states of one width, and a trust region gives the teacher wider "
+            "states if all weights are trained"
+        )
     if implementation == "pallas" and reason:
         raise ValueError(f"implementation is 'pallas': {reason}; use chunked or auto")
     if implementation in ("auto", "pallas"):
@@ -123,8 +126,9 @@ def divergence(
     constants. Rows of weight 0 contribute exactly nothing to the loss. Rows that are not live may
     contain anything. Rows that are not live take no time, unless the implementation is `dense` or
     the rows pad the last block. If both heads are the same array, a row whose hidden states are
-    equal up to rounding (`precision.differ`) gives a loss and a gradient of exactly zero. For equal
-    states and equal heads, fkl, rkl and jsd do so too.
+    equal up to rounding (`precision.differ`) gives a loss and a gradient of exactly zero. If the
+    heads are two arrays with equal values, fkl, rkl and jsd also give exactly zero for rows whose
+    hidden states are exactly equal.
 
     For one token with p = (1/2, 1/2), q = (3/4, 1/4) and weight 1, fkl gives
     3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308 nats.

@@ -167,10 +167,10 @@ def _reverse_kl_plain(
 def _jensen_shannon_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops two derivatives that cancel each other: the one through ln M and the one through ln p.
+    """Drops the derivatives through ln M and through ln p, because they cancel each other.
 
-    For e = β q (ln q - ln M) + (1 - β) p (ln p - ln M), the two derivatives are -(1 - β) ∂p and (1
-    - β) ∂p.
+    For e = β q (ln q - ln M) + (1 - β) p (ln p - ln M), the derivative through ln M is
+    -(1 - β) ∂p, and the derivative through ln p is (1 - β) ∂p.
     """
     beta, present = settings.beta, (teacher.p > 0) | (student.p > 0)
     log_mix = jnp.logaddexp(math.log1p(-beta) + student.log, math.log(beta) + teacher.log)
@@ -200,9 +200,9 @@ class Kind(NamedTuple):
 
 
 # This table contains all divergences that are sums over entries. The divergence `sampled` is not in
-# this table: its value is -A ln p(y), where y is the sampled token and A = stop_gradient(ln
-# q(y) - ln p(y)). Functions that compute the values of whole tokens treat `sampled` as a special
-# case.
+# this table, because it is not such a sum. Its value is -A ln p(y), where y is the sampled token
+# and A = stop_gradient(ln q(y) - ln p(y)). Functions that compute one value per token treat
+# `sampled` as a special case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)

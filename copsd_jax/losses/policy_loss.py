@@ -14,8 +14,8 @@ L:
 | DAPO      | arXiv 2503.14476 | std   | .2, .28        | off  | global_token_mean |
 | SDPO      | arXiv 2601.20802 | none  | .2, .28        | 3    | global_token_mean |
 
-In the table, SDPO stands for the GRPO baseline of the SDPO paper. The original GRPO baseline of the
-SDPO paper averages over the tokens of each micro-batch (micro_token_mean).
+In the table, SDPO stands for the GRPO baseline of the SDPO paper, but with another w: the original
+baseline averages over the tokens of each micro-batch (micro_token_mean).
 """
 
 import jax

@@ -24,11 +24,12 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def differ(a_TD: jax.Array, b_TD: jax.Array) -> jax.Array:
-    """Returns whether two rows differ by more than the rounding of two programs, bool [T].
+    """Returns bool [T]: whether rows of `a_TD` and `b_TD` differ by more than rounding can explain.
 
     A compiler may fuse the same computation in two ways. In float32, hidden states of equal inputs
     then differ by up to 8e-6 of the largest element after 30 layers; in bfloat16, they are equal.
-    The limit is 128 times the rounding error of float32, 1.5e-5. A row that is not finite differs.
+    The limit is 128 times the rounding error of `sum_dtype`: in float32, 1.5e-5 of the largest
+    element. A row that is not finite differs.
     """
     dtype = sum_dtype(a_TD)
     gap_TD = jnp.abs(a_TD.astype(dtype) - b_TD.astype(dtype))

@@ -24,8 +24,8 @@ class VocabularyShard(NamedTuple):
 
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
-      entries: number of real entries in the whole vocabulary; all later rows of a head are padding.
-        None, which is used only with kernels, means that no row is padding.
+      entries: number of real entries in the whole vocabulary; the rows of a head after the last
+        real entry are padding. None means that no row is padding, and is used only with kernels.
     """
 
     axis: str | None

@@ -36,7 +36,7 @@ class TokenStats(NamedTuple):
       logp_sampling_T: log-probability of the sampled token under the student at the sampling
         temperature. A sampler with the same weights must report the same number.
       entropy_student_T, entropy_teacher_T: entropy of each side's distribution at the loss
-      temperature.
+        temperature.
       clipped_mass_T: amount of clipping, in a measure that depends on clip_mode. In the mode
         `element`, clipped_mass_T is the teacher's mass Σ q_v on the clipped entries; q is
         renormalised if top_k is used without a tail. In the modes `token`, `token_weight` and

@@ -47,7 +47,7 @@ def restrict(
     best: TopK,
     settings: divergences.Divergence,
 ) -> tuple[distributions.Distribution, jax.Array | None]:
-    """Restricts one side to the kept entries, and renormalises them or adds a tail as last column.
+    """Restricts one side to the kept entries; then renormalises them or adds a tail as last column.
 
     The second occurrence of an id gets p = 0 and log = 0 on both sides, so it contributes nothing.
 

@@ -411,8 +411,9 @@ class Decoder(nn.Module):
           The output of each stream.
 
         Raises:
-          ValueError: `remat` is unknown; a stream without a cache has no segments, or is given to
-            an `unstacked` decoder; or a stream with a cache has rows of more than one token.
+          ValueError: `remat` is unknown; a stream without a cache has no segments; an `unstacked`
+            decoder gets a stream without a cache; or a stream with a cache has rows of more than
+            one token.
         """
         c = self.config
         if self.remat not in REMAT:

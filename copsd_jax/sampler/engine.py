@@ -165,7 +165,7 @@ def unpack_tokens(packed_JX: np.ndarray) -> DrawnTokens:
 
 
 def _pack_tokens(drawn: tuple[jax.Array, ...], live_J: jax.Array) -> jax.Array:
-    """Packs all results into one array: collectives of separate arrays could block one another."""
+    """Packs all results into one array, because separate collectives could block one another."""
     bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in drawn]
     return jnp.concatenate([*bits, live_J[:, None].astype(jnp.int32)], axis=1)
 
@@ -326,8 +326,8 @@ def _copy_prompt_to_slot(
 
     The number of entries is `tokens`. Only whole blocks are copied. The last block may contain
     surplus entries; each surplus entry is overwritten before a token attends to it. The copy uses
-    slices, because a gather would make XLA change the cache's layout. On TPU, if a head's size is
-    smaller than the number of lanes, XLA changes the cache's layout even if it reads only slices.
+    slices, because a gather would make XLA change the cache's layout. On TPU, slices prevent this
+    change only if the head size is at least the number of lanes.
     """
     layers, _, heads, _, size = kv.k.shape
 
@@ -418,7 +418,7 @@ def _run_slots_last_tokens(
 def _compute_slot_logits(
     hidden_JD: jax.Array, head_VD: jax.Array, *, head_first: bool
 ) -> jax.Array:
-    """Returns logits [J, V]; CPUs read the head only once if it is the product's left factor."""
+    """Returns logits [J, V]; with the head as the left factor, a CPU reads the head only once."""
     if not head_first:
         return transformer.compute_model_logits(hidden_JD, head_VD)
     head_VD = head_VD.astype(hidden_JD.dtype)

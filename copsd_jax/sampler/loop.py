@@ -505,6 +505,6 @@ def check_memory(inputs: request.Inputs, temporary: int, limit: int | None) -> N
     elif fits >= 1:
         cure = f"slots={fits * shards} makes it fit"
     else:
-        cure = "no slot fits: a smaller length, cache=int8, or more devices along mesh.tensor"
+        cure = "no slot fits: use a smaller length, cache=int8, or more devices along mesh.tensor"
     available = "" if limit is None else f", but has only {limit / 2**30:.2f} GiB"
     raise MemoryError(f"out of memory: each device needs {listed}{available}; {cure}")

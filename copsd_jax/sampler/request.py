@@ -71,7 +71,7 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """The sizes of a sampler; the texts do not depend on these sizes."""
+    """The sizes of a sampler, which affect the texts only through rounding."""
 
     slots: int = 32  # number of texts that are decoded at once
     length: int = 0  # number of cache entries per slot; 0 means as many as the longest text needs
@@ -175,7 +175,7 @@ def prepare_sampler_inputs(
     _check_sampler_settings(decoder.config, settings, valid_V)
     texts = list_texts(prompts, sampling, keys_n2, limits, vocabulary)
     if settings.length:
-        room = f"length is {settings.length}, the cache entries of a slot"
+        room = f"length is {settings.length}, the number of cache entries per slot"
         check_lengths(texts, settings.length, room)
     shared, positions = 0 if prefix is None else prefix.k.shape[2], decoder.config.max_position
     room = f"the model has {positions} positions (shared prefix {shared})"

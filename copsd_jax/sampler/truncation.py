@@ -347,7 +347,7 @@ def _find_truncation_floor(
 
 
 def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
-    """Returns a weight threshold [J, 1]: top-p keeps the tokens that reach it; 0 if top_p is off.
+    """Returns a threshold [J, 1]: top-p keeps tokens of at least this weight; 0 if top_p is off.
 
     The threshold is found by bisection over bit patterns: the bits of positive float32 numbers have
     the same order as the numbers. The tokens with weights of at least `low` always have enough

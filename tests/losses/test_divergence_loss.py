@@ -505,7 +505,7 @@ def test_a_mix_of_heads_has_no_kernel():
     assert (
         divergence_loss.resolve_implementation("auto", PLAIN, "tpu", one_width=False) == "chunked"
     )
-    with pytest.raises(ValueError, match="a trust region of all weights has two widths"):
+    with pytest.raises(ValueError, match="a trust region gives the teacher wider states"):
         divergence_loss.resolve_implementation("pallas", PLAIN, "tpu", one_width=False)
     c = settings.default()
     c.teacher.weights, c.loss.implementation = "trust_region", "pallas"

@@ -3,8 +3,8 @@
 Memory limits the number of tokens in a block:
 
 - On a TPU, VMEM must hold the hidden states of both sides (pass 1) or the float32 gradient
-  (pass 3). HBM must hold the stored entries. Larger blocks are better, because each pass reads the
-  head once per block.
+  (pass 3). HBM must hold the stored entries. Larger blocks are better, because passes 1 and 3 each
+  read the head once per block.
 - On a GPU, HBM must hold the float32 logits of both sides and the bfloat16 dz: 10 bytes per entry
   in total.
 
@@ -28,8 +28,8 @@ class Blocks:
     """Sizes of the blocks and tiles of a sweep.
 
     Attributes:
-      tokens: number of tokens per block. Temporary arrays have `tokens` rows, however many tokens a
-        sweep has. On a TPU, `tokens` is a multiple of `rows`.
+      tokens: number of tokens per block. Temporary arrays have `tokens` rows, whatever the number
+        of tokens in a sweep. On a TPU, `tokens` is a multiple of `rows`.
       vocab: width of a vocabulary tile; a multiple of 128 on a TPU, and a power of two on a GPU.
       rows: number of rows that one grid step works on; a multiple of 128 on a TPU, and unused on a
         GPU.
@@ -43,7 +43,7 @@ class Blocks:
 
 
 SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # smallest memory and VMEM of any chip (TPU v2)
-SPARE_VMEM = 14 * MIB  # largest room that blocks leave for spilled registers and the compiler
+SPARE_VMEM = 14 * MIB  # most bytes that blocks leave for spilled registers and the compiler
 STORED_SHARE = 1 / 8  # share of a TPU's memory that a block's stored entries may take
 GPU_BYTES = 0.8e9  # number of bytes that a block's logits and dz may take
 
@@ -92,8 +92,8 @@ def compute_loss_vmem_limit(need: int) -> int:
     """Returns the VMEM limit, in bytes, for compiling a kernel that needs `need` bytes.
 
     The limit is valid on every chip for which `choose_tpu` returns a block that needs `need` bytes.
-    The limit is at least the VMEM of the smallest chip. If a block does not fit on the smallest
-    chip, every chip that it fits on has at least `need` + SPARE_VMEM bytes of VMEM.
+    The limit is at least the VMEM of the smallest chip. A block that does not fit on the smallest
+    chip fits only on chips with at least `need` + SPARE_VMEM bytes of VMEM.
     """
     least = SMALLEST.vmem
     return least if need <= least - _compute_spare_loss_vmem(least) else need + SPARE_VMEM
@@ -134,7 +134,7 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes of the two numbers that an entry stores on a TPU: 8 for float32, otherwise 4."""
+    """Returns the bytes of the two numbers that an entry stores on a TPU: 8 in float32, else 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 

@@ -21,8 +21,8 @@ bfloat16, and the GPU is an H200 (989 TFLOP/s, 4.8 TB/s). At the peak rate, the 
 long as the three matmuls alone, and divergences that need Σb take 1.30 times as long. With measured
 times of the matmuls, both ratios are closer to 1, because no matmul reaches the peak rate.
 
-Letters: I is the number of vocabulary tiles, T the number of tokens per block, and U the width of a
-tile.
+Letters in array names: I is the number of vocabulary tiles, T the number of tokens per block, and U
+the width of a tile.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def sweep(
 def _stack_row_coefficients(
     result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
-    """Returns the numbers that passes 2 and 3 read for each row, [T, 8].
+    """Returns the 8 numbers per row that the kernels of passes 2 and 3 read, [T, 8].
 
     Columns 0 and 1 are the student's maximum and ln Σ exp. Columns 2 and 3 are the teacher's
     maximum and ln Σ exp. Column 4 is Σb/Σp. Column 5 is the sampled token's row in this shard.
@@ -169,7 +169,7 @@ def _gradient_kernel(settings, width, sums, logits, here_ref, row_ref, *refs):
 def _call_divergence_kernel(
     kernel, name: str, blocks, interpret, operands, out_shape, entry_bytes: int
 ):
-    """Runs a program for each row and tile; arrays are in HBM, and the last one has V columns."""
+    """Runs a program for each row and tile; arrays are in HBM; the last operand has V columns."""
     tokens = out_shape[0].shape[-1] if out_shape[0].ndim == 3 else out_shape[0].shape[0]
     size = operands[-1].shape[1]
     entries = tokens * size

@@ -31,7 +31,7 @@ P = exp(z_s - m_s) and Q = exp(z_t - m_t). The second number is d = (z_t - m_t) 
 smaller of P and Q equals the larger of P and Q, times exp(-|d|).
 
 If the states are bfloat16, both stored numbers are rounded to 10 bits after the leading bit. The
-codes stand for values of the first number down to 2^-63, and for |d| from 2^-16 to 2^16. The
+rounded numbers cover values of the first number down to 2^-63, and |d| from 2^-16 to 2^16. The
 relative error of the larger probability and of d is at most 2^-11. Therefore the relative error of
 p - q is at most 2^-10, and the relative error of every entry's divergence is at most 2^-9, however
 close p and q are. If both sides are equal, the divergence is exactly zero. For comparison, rounding
@@ -40,8 +40,8 @@ rounding may decide whether the entry is clipped. If the states are float32, bot
 remain float32. Log-sum-exps, entropies and log-probabilities are computed from unrounded logits.
 Rounding adds an error to Σp, and dividing by Σp removes this error from dz.
 
-Letters: I is the number of vocabulary tiles, T the number of tokens per block, R the number of rows
-per grid step, and U the width of a tile.
+Letters in array names: I is the number of vocabulary tiles, T the number of tokens per block, R the
+number of rows per grid step, and U the width of a tile.
 """
 
 import functools
@@ -98,7 +98,7 @@ def sweep(
 def _stack_tile_coefficients(
     result: row_statistics.LogitsResult, sides: tuple, local_T: jax.Array, slope_T: jax.Array
 ) -> jax.Array:
-    """Returns the numbers that passes 2 and 3 read for each row and tile, [I, 8, T].
+    """Returns the 8 numbers per row and tile that the kernels of passes 2 and 3 read, [I, 8, T].
 
     Number 0 is p/P, number 1 is q/Q, and number 2 is (ln q - ln p) - d. Number 3 is Σb/Σp. Number 4
     is the sampled token's row in this shard. Number 5 is p - 1 of the sampled token. Numbers 6 and
@@ -225,8 +225,8 @@ def _load_both_distributions(
 ) -> list[distributions.Distribution]:
     """Computes both sides' distributions of a strip from stored entries and row coefficients.
 
-    The logarithms ln p and ln q contain the same error. The error is harmless, because divergences
-    use only the difference of the two logarithms.
+    ln p is subtracted from both logarithms, so the student's logarithms are 0. This is harmless,
+    because divergences use only the difference of the two logarithms.
     """
     stored = tuple(ref[strip, :] for ref in stored_refs)
     larger, gap = stored if len(stored) == 2 else unpack(stored[0])

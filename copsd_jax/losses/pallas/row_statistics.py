@@ -132,13 +132,13 @@ class Passes(NamedTuple):
 def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
     """Returns whether pass 3 needs sums that only pass 2 can provide.
 
-    At most two sums are computed: Σb if it is not 0 in closed form, and Σe if a clip changes the
-    head's gradient.
+    Pass 3 needs at most two sums: Σb, which is needed unless it is 0 in closed form; and Σe, which
+    is needed only if a clip changes the head's gradient.
     """
     if settings.divergence == "sampled":
         return False
     late = settings.clip_mode != "none" and train_head
-    # Σb of fkl is Σ (p - q) = 0.
+    # For fkl, Σb is Σ (p - q) = 0.
     return settings.divergence != "fkl" or settings.clip_mode == "element" or late
 
 
@@ -315,7 +315,7 @@ def _sweep_block(
     settings, heads, axis, local_T = sweep.settings, sweep.heads, sweep.shard.axis, inputs.tokens_T
     size = heads[0].shape[0]
     here_1 = count_entries_here(sweep.shard, size)[None]
-    if axis is not None:  # the token's row in this shard's head; out of range in all other shards
+    if axis is not None:  # the token's row in this shard's head; out of range if in another shard
         local_T = local_T - split_vocabulary.first_entry(axis, size)
     stored, stats_I8T = passes.logits(here_1, hidden, heads)
     result, sides = join_logits_pass(sweep, stats_I8T, hidden, local_T)
