@@ -47,7 +47,7 @@ _UNREAD = frozenset(
     "train.log_rollouts".split()
 )
 
-# The types of numbers, which include those of NumPy.
+# Maps Python's types of numbers to types that include NumPy's numbers.
 _KINDS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
 
 
@@ -143,7 +143,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
 
 
 def _refuse_unread_by_api(config: config_lib.Config, given: Mapping[str, Any]) -> None:
-    """Refuses settings that nothing reads; the functions of this file read fewer than a run."""
+    """Refuses settings that nothing reads; this file reads fewer settings than a run does."""
     for name, value in given.items():
         unread = name in _UNREAD or name.partition(".")[0] in _UNREAD
         if unread and value != config_lib.SETTINGS[name].default:
@@ -157,7 +157,7 @@ def _check_api_arguments(what: str, given: Mapping[str, Any], kind: type) -> dic
     """Returns arguments for a dataclass; lists become tuples.
 
     Raises:
-      ValueError: an argument is no field of the dataclass, or has another type.
+      ValueError: an argument is not a field of the dataclass, or has a wrong type.
     """
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     types = {name: typing.get_origin(of) or of for name, of in fields.items()}
@@ -202,8 +202,8 @@ def build_prompts(
       The student's prompt and the teacher's prompt, each as token ids.
 
     Raises:
-      ValueError: a text is no text, or the language is unknown; the context needs more than the
-        problem and its solution; or the two prompts end in different states of the chat template.
+      ValueError: a text is invalid, the language is unknown, the context needs more than problem
+        and solution, or the two prompts end in different states of the chat template.
     """
     plan = _check_model(model).run.plan
     for name, text in {"problem": problem, "solution": solution, "answer": answer}.items():
@@ -231,7 +231,7 @@ def _check_text(text: Any, name: str) -> None:
 
 
 def _read_list(values: Any, name: str, item: str) -> list[Any]:
-    """Returns the items of a list, tuple or array of `item`s; refuses an empty one."""
+    """Returns the items of a list, tuple or array; refuses other values, and an empty list."""
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     found = list(values) if several else []
     if not found:
@@ -369,7 +369,7 @@ def _check_api_scores(scores: Scores, name: str) -> Scores:
         raise ValueError(f"{name} has {shapes}: the shapes must be [C] and [C, V]")
     size = logp_CV.shape[1]
     if ids_C.dtype.kind not in "iu" or not np.all((ids_C >= 0) & (ids_C < size)):
-        raise ValueError(f"{name} has other ids_C than integers from 0 to {size - 1}")
+        raise ValueError(f"{name} has ids_C that are not integers from 0 to {size - 1}")
     return Scores(ids_C, logp_CV)
 
 

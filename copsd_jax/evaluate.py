@@ -162,8 +162,9 @@ def _sample_evaluation(
                 noun = "samples of an evaluation"
                 why = failed_steps.describe_lost_completions("failed", failed, len(asked), noun)
                 raise failures.EngineError(why)
-            # A server gives up the rest of a call if more than half of the call's samples failed.
-            # A stopped evaluation may ask for its last few samples, so these are drawn again.
+            # A call gives up its remaining samples if more than half of its samples failed. If a
+            # continued evaluation lacks only a few samples, a few failures are enough. Therefore
+            # samples that were given up are drawn again.
             todo = [i for i, x in zip(todo, made, strict=True) if given_up(x)]
     return [said[i] for i in range(len(asked))]
 
@@ -239,7 +240,7 @@ def _read_partial_evaluation(
 
 
 def _find_lost(samples: Sequence[dict]) -> dict[str, list[str]]:
-    """Returns the reasons of the lost samples, by the way in which they were lost."""
+    """Returns the reasons why samples were lost, keyed by the kind of loss."""
     lost = collections.defaultdict(list)
     for sample in samples:
         if loss := failed_steps.find_failure_cause(sample["status"], sample["detail"]):
@@ -248,7 +249,7 @@ def _find_lost(samples: Sequence[dict]) -> dict[str, list[str]]:
 
 
 def _refuse_lost_samples(samples: Sequence[dict]) -> None:
-    """Refuses an evaluation of which more than half of the samples were lost."""
+    """Refuses an evaluation that lost more than half of its samples."""
     lost = _find_lost(samples)
     if not failed_steps.is_majority_lost(sum(map(len, lost.values())), len(samples)):
         return
@@ -294,7 +295,10 @@ def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict
     known = {(record["id"], record["problem"]) for record in result["problems"]}
     missing = sum((row.id, row.problem) not in known for row in rows)
     if missing:
-        print(f"{file} lacks {missing} of {len(rows)} problems: they are all evaluated", flush=True)
+        print(
+            f"{file} lacks {missing} of {len(rows)} problems: all problems are evaluated",
+            flush=True,
+        )
     return None if missing else result
 
 
@@ -323,7 +327,7 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
     add("--workdir", required=True, type=storage.parse_path, help="a run's directory")
     add("--steps", default="", help="checkpoints: 0,12 (0 is the initial policy); default: all")
     add("--path", default="", help="problems to use instead of the run's eval.path")
-    add("--lang", default="", help="languages to use instead of the run's eval.lang: sw,fr")
+    add("--lang", default="", help="languages, such as sw,fr, instead of the run's eval.lang")
     add("--samples", type=int, help="completions per problem (n)")
     add("--temperature", type=float, help="sampling temperature; 0 is greedy")
     add("--max_tokens", type=int, help="maximum number of tokens of a completion")
@@ -395,7 +399,8 @@ def main(argv: list[str]) -> int:
 
     The exit code is 0 if every requested checkpoint was evaluated, 1 if a server or the disk
     failed, 2 after another error, 3 if the weights or most logits are not finite, and 130 or 143
-    after Ctrl-C or SIGTERM. Without --steps, a damaged checkpoint is skipped, unless all are.
+    after Ctrl-C or SIGTERM. Without --steps, a damaged checkpoint is skipped; if all are
+    damaged, the exit code is 2.
     """
     args = parse_evaluate_flags(argv)
     try:
@@ -426,7 +431,7 @@ def _plan_evaluation(args: argparse.Namespace) -> run_plan.Plan:
 
 
 def _check_partials(out: pathlib.Path, steps: Sequence[int]) -> None:
-    """Refuses a damaged file of a stopped evaluation before the weights are loaded."""
+    """Checks before any weights are loaded that the files of stopped evaluations are intact."""
     for step in steps:
         path = workdir.partial_file(out / workdir.step_file(out, "eval", step).name)
         if path.is_file():
@@ -444,7 +449,7 @@ def _choose_steps(args: argparse.Namespace) -> list[int]:
     if not saved and not asked:
         raise ValueError(f"{folder} has no checkpoint: --steps=0 evaluates the initial policy")
     if absent := [step for step in asked if step not in (0, *saved)]:
-        raise ValueError(f"--steps: no checkpoint of {absent}, there are {saved}")
+        raise ValueError(f"--steps: no checkpoint of {absent}; the checkpoints are {saved}")
     return list(dict.fromkeys(asked)) or [0, *saved]
 
 

@@ -88,11 +88,13 @@ def main(argv: list[str]) -> int:
 
 
 def _check_step(args: argparse.Namespace) -> None:
-    """Refuses a step without a checkpoint before the weights are loaded."""
+    """Checks before any weights are loaded that --step fits --format and has a checkpoint."""
     saved = checkpoint.Checkpoints(args.workdir / "checkpoints").steps()
     if args.format == "base":
         if args.step != -1:
-            raise ValueError(f"--step={args.step}: --format=base writes the model before training")
+            raise ValueError(
+                f"--step={args.step}: --format=base writes the model as it was before training"
+            )
     elif not saved:
         raise ValueError(f"--workdir={args.workdir} has no checkpoint yet")
     elif args.step not in (-1, *saved):

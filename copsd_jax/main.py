@@ -25,7 +25,7 @@ Exit codes:
     1         an error during the run, or the dry run does not fit
     2         a setting is wrong, or the run was refused
     3         a non-finite value stopped the run
-    4         the run ended, but skipped steps without any usable completion, reply or reward
+    4         the run ended, but skipped steps with too few usable completions, replies or rewards
     130, 143  Ctrl-C or SIGTERM stopped the run; the same command continues it
 """
 
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Parses a command line; checks all settings, except those whose value names a table's entry.
+    """Parses a command line; checks all settings except those that `table_rules` checks later.
 
     Raises:
       ValueError: a flag, setting or preset is unknown, or a value is not allowed.
@@ -129,7 +129,7 @@ def parse_command(argv: list[str]) -> Command:
         report = flags.DEFINE_string("dry_run_json", "", "file for report", flag_values=values)
         search = flags.DEFINE_boolean("search", False, "largest sizes", flag_values=values)
         values([*argv[:1], *rest])
-    except (RecursionError, MemoryError) as error:  # from Python's parser, by its version
+    except (RecursionError, MemoryError) as error:  # the type depends on Python's version
         raise ValueError("a value of the command line is nested too deeply") from error
     except (flags.Error, ValueError) as error:
         raise ValueError(" ".join(str(error).split()).removeprefix("flag ")) from error

@@ -2,9 +2,9 @@
 
     python -m copsd_jax.replay --workdir=W --step=25
 
-A step is bad if its loss or its gradient is not finite. The program loads the run's weights, and
-the state and the inputs that the run wrote to W/bad, and runs the same compiled step. It needs as
-many devices as the run had.
+A step is bad if its loss or its gradient is not finite. The program loads the run's weights. From
+W/bad, it loads the state and the inputs that the run wrote there. Then it runs the same compiled
+step. It needs as many devices as the run had.
 
 Exit codes: 0 (loss and gradient norm have the same bits as in the run, where NaN equals NaN), 1
 (they differ), 2 (a file is missing or cannot be used), 3 (the weights of `model.path` are not
@@ -144,7 +144,7 @@ def _join_replay_items(items: list[str]) -> str:
 
 
 def _describe_replayed_gradient(gradient: dict) -> list[str]:
-    """Describes the arrays of a gradient that are not finite, with their layers if they have any.
+    """Describes the non-finite arrays of a gradient, with their layers if they have any.
 
     Adapters, and all parameters named `layers/...`, have a leading axis for the layers.
     """
@@ -162,7 +162,7 @@ def _describe_replayed_gradient(gradient: dict) -> list[str]:
 
 
 def _describe_replayed_tokens(aux: train_step.Aux, batch: layout.Batch) -> list[str]:
-    """Describes the tokens of each completion that have a value that is not finite."""
+    """Describes for each completion the tokens at which a value is not finite."""
     lost_BC = np.zeros(batch.mask_BC.shape, bool)
     for value_BC in jax.tree.leaves((aux.tokens, aux.policy)):
         lost_BC |= ~np.isfinite(value_BC) & batch.mask_BC

@@ -9,13 +9,13 @@ random adapter, which is dropped after the test. All numbers are means over toke
     effect    |ln p with the random adapter - ln p without it|, both in the trainer
     signal    |ln p of the teacher - ln p of the student|, if there is a teacher
     distance  ln p of the student - ln p of the teacher, with its sign
-    equal     the signal if both sides get the student's prompt; it is rounding, because student and
-              teacher have equal weights before the first step
+    equal     the signal if both sides get the student's prompt; it is only rounding, because
+              student and teacher have equal weights before the first step
 
 The test passes if sampler and trainer differ only by rounding. This means:
 
-  - The noise is at most an entry of `BOUNDS`, and that of the first tokens alone at most `FIRST`
-    times this bound: an error may concern only the first token of a completion.
+  - The noise is at most an entry of `BOUNDS`. The noise of first tokens alone is at most `FIRST`
+    times this bound; an error may concern only the first token of a completion.
   - The noise is at most `SHARE` times the effect, and at most `SHARE` times the signal. If sampler
     and trainer applied the adapter differently, the noise would be about as large as the effect.
   - `equal` is at most the bound of the dtype, and the distance is at most `FARTHEST`. Larger values
@@ -57,7 +57,7 @@ class _SelfTestProbe(NamedTuple):
 
     Attributes:
       section: the section of the settings by which the sampler draws: rollout or eval.
-      asked: the prompts from which the sampler draws, which the trainer gives to the student.
+      asked: the prompts from which the sampler draws; the trainer gives them to the student.
       told: the prompts that the trainer gives to the teacher; None if the run has no teacher.
       equal: whether the trainer can also give the student's prompts to the teacher. With worked
         examples it cannot, because the examples of both sides have different lengths.
@@ -89,7 +89,7 @@ def check(r: loaded_run.LoadedRun, state: train_step.State) -> str:
       state: the state at step 0.
 
     Raises:
-      failures.RefusedRun: they do not fit together; the message says which two numbers differ.
+      failures.RefusedRun: they do not fit together; the message says what differs.
       failures.EngineError: with sampler.engine=server, the server failed.
     """
     _check_new_adapter(r, state)
@@ -162,7 +162,7 @@ def _check_new_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> None
 
 
 def _shake_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> train_step.State:
-    """Returns a state with a random adapter, whose product has `SHAKE` times the base's size."""
+    """Returns a state with a random adapter, `SHAKE` times as large as the base weights."""
     scale = r.options.adapter_scale
 
     def add_noise(adapter: dict, layers: dict) -> dict:
@@ -225,8 +225,8 @@ def _build_scores(
     """Builds the function that maps a state to the trainer's scores of the completions.
 
     If `probe.equal`, every completion is scored twice: first with the teacher's own prompt, and
-    then with the student's prompt on both sides. The worked examples of the teacher are computed
-    once, with its initial weights, because nothing reads its scores with other weights.
+    then with the student's prompt on both sides. The teacher's worked examples are encoded once,
+    with the teacher's initial weights, because nothing reads the teacher's scores in other states.
     """
     times = 1 + probe.equal
     told = None if probe.told is None else [*probe.told, *(probe.asked if probe.equal else ())]
@@ -240,7 +240,7 @@ def _build_scores(
     if options.policy and (options.policy.kind == "nll" or r.plan.server is not None):
         policy = dataclasses.replace(options.policy, temperature=drawn.temperature)
         options = dataclasses.replace(options, policy=policy)
-    whole = NamedSharding(r.plan.mesh, PartitionSpec())  # so that every process can read all
+    whole = NamedSharding(r.plan.mesh, PartitionSpec())  # so that every process can read all scores
     program = jax.jit(train_step.make_scores(r.decoder, options), out_shardings=whole)
     placed = layout.place_batch(batch, r.plan.mesh)
 
@@ -382,8 +382,8 @@ def _judge(numbers: _SelfTestNumbers, bound: float, equal: float, kind: str, kno
         )
     if not numbers.distance <= FARTHEST:
         raise _refuse(
-            f"the teacher gives the student's tokens {numbers.distance:.2g} nats per token less "
-            f"than the student (at most {FARTHEST:g}): they do not score the same tokens"
+            f"the teacher's ln p is {numbers.distance:.2g} nats per token below the student's (at "
+            f"most {FARTHEST:g}): student and teacher do not score the same tokens"
         )
     if known and numbers.signal > 0 and not numbers.noise <= SHARE * numbers.signal:
         raise _refuse(

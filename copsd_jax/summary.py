@@ -186,9 +186,9 @@ def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates
 def summarize_failures(step: int, records: list[dict]) -> list[str]:
     """Returns a warning for each kind of failure in a step; the warning gives the first reason.
 
-    One line counts the completions for which the user's reward function gave no reward.
-    Another line counts the completions that have no reply because the author failed, and another
-    the completions that a server did not give.
+    One line counts the completions that a server did not give. A second line counts the completions
+    for which the user's reward function gave no reward. A third line counts the completions that
+    have no reply, because the author failed.
 
     Args:
       step: the number of the step.
@@ -207,8 +207,8 @@ def summarize_failures(step: int, records: list[dict]) -> list[str]:
     failed = [r for r in records if r.get("reply_detail")]
     if failed:
         lines.append(
-            f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply, the "
-            f"first for {failed[0]['reply_status']}: {failed[0]['reply_detail']}"
+            f"warning: step {step}: {len(failed)} of {len(records)} completions have no reply; the "
+            f"first has the status {failed[0]['reply_status']}: {failed[0]['reply_detail']}"
         )
     return [streams.escape_stream_text(line) for line in lines]
 

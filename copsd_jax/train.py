@@ -88,7 +88,7 @@ def prepare(config: config_lib.Config, directory: pathlib.Path) -> tuple[run_pla
 
 
 def _choose_at_train_start(config: config_lib.Config, directory: pathlib.Path) -> None:
-    """Replaces the settings whose value is chosen at a run's first start, in place."""
+    """Replaces in `config` the settings whose values are chosen at a run's first start."""
     model = config.model
     config.prompt.date = config.prompt.date or continuation.choose_date(directory)
     former = pathlib.Path(continuation.read_fact_of_first_start(directory, "model", ""))
@@ -113,7 +113,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
       run_lock.LockedError: another process runs in the directory.
       checkpoint.UnusableCheckpoint: a checkpoint cannot be loaded, such as that of model.init_from.
-      failures.RefusedRun: the self-test of a new run failed; nothing was written but the lock.
+      failures.RefusedRun: the self-test of a new run failed; only the lock was written.
       SystemExit: a file, server or device failed; the message is one sentence.
     """
     config, started = plan.config, time.monotonic()
@@ -153,7 +153,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
 
 
 def _test_new_run(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
-    """Returns the line of the self-test; removes what it wrote for a server if it fails."""
+    """Returns the self-test's line; if the test fails, removes the files written for a server."""
     try:
         return self_test.check(r, state)
     except failures.RefusedRun:
@@ -237,13 +237,13 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                     progress.close()
                     _get_evaluation(r, state, number, directory)
     except signals.Stopped:
-        # If the step was left, `state` is still the state after the step before.
+        # If a step was left unfinished, `state` is still the state after the previous step.
         if int(state.step) > first:
             for refusal in _save(checkpoints, state, False, bad):
                 print(refusal, flush=True)
         checkpoints.wait()  # if the save fails, the run does not count as saved
         raise
-    checkpoints.wait()  # while a first signal still does not end the process
+    checkpoints.wait()  # here, a first signal does not yet end the process
     return state, guard["stopped"]
 
 
@@ -279,7 +279,7 @@ def _restore_guards(
     The lines of metrics.jsonl, `written`, determine both, so no other file has to store the state.
 
     Raises:
-      failures.UnusableFile: events.jsonl has an action that the metrics do not give again.
+      failures.UnusableFile: events.jsonl has an action that does not follow from the metrics.
     """
     guard, replayed = guards.replay_events(plan.guards, written)
     every = processes.run_on_leader(lambda: workdir.read_workdir_events(directory))
@@ -309,7 +309,7 @@ def _run_training_step(
 
     `expected` has the time at which the step is expected to end, and the seconds of a save.
     """
-    # The optimizer's count decides the rate; the count does not advance in a step without update.
+    # The optimizer's count decides the rate; a step without an update does not advance the count.
     updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
     # Once the compiled step has begun, the old state is gone, so the step has to be completed.
     with timer("rollout"), r.stop.leave_if_late(*expected):

@@ -1,9 +1,9 @@
 """Bad and failed steps: the files of bad steps, and when such steps stop the run.
 
 A step is bad if its loss or its gradient is not finite, or if the logits of more than half of its
-completions were not finite. A step failed if a server or a reward function gave too little that is
-usable for it. Neither changes the weights. A failed step has no files, because the same inputs need
-not fail again.
+completions were not finite. A step failed if a server or a reward function gave too few usable
+results for the step. Bad and failed steps do not change the weights. A failed step has no files,
+because the same inputs need not fail again.
 
     W/bad/step_000025.npz    inputs and results of a bad step, as the compiled step got them
     W/bad/state_000024/      the state of the last good step, which bad steps do not change
@@ -55,10 +55,10 @@ class BadSteps:
     """
 
     def __init__(self, directory: pathlib.Path, limit: int, written: Sequence[str] = ()):
-        """Begins after the steps of the given lines.
+        """Begins with the counts after the steps in `written`.
 
-        The last step of a run is saved even if it is bad. With a larger train.steps, the run
-        continues from this step, in the middle of a streak.
+        A run may continue in the middle of a streak: the last step of a run is saved even if it is
+        bad, and train.steps may be raised afterwards.
 
         Args:
           directory: the work directory.
@@ -82,7 +82,7 @@ class BadSteps:
 
         Args:
           step: the number of the step, counted from 1.
-          state: the state after the step; a bad step changes only the state's count.
+          state: the state after the step; a bad step changes only the state's step number.
           inputs: the other inputs of the step, as a tree of NumPy arrays and None.
           metrics: the metrics of the step.
           failure: why the step failed; None if it did not.
@@ -110,8 +110,8 @@ class BadSteps:
     def refuses_save(self, step: int, last: bool) -> list[str]:
         """Returns a line that says why the step is not saved; returns no line if it is saved.
 
-        A continued run repeats a streak from its first step, so that it stops at the same step. The
-        last step of a run is saved in any case.
+        Because the steps of a streak are not saved, a continued run repeats the whole streak, and
+        stops at the same step. The last step of a run is saved in any case.
         """
         count, what = (self.streak, "bad") if self.streak else (self.failed, "skipped")
         if last or not count:
@@ -141,7 +141,7 @@ class BadSteps:
         if stuck:
             reason = f"step {step}: {self._explain()}, and guards.bad_steps is {self._limit}"
         else:
-            reason = f"the weights, the optimizer or the average are not finite after step {step}"
+            reason = f"the weights, optimizer or moving average are not finite after step {step}"
         saved = list_saved()
         good = "there is no checkpoint"
         if saved:
@@ -194,7 +194,7 @@ def _list_numbers(folder: pathlib.Path, pattern: str) -> list[int]:
 def _remove_old_streaks(folder: pathlib.Path, step: int) -> None:
     """Removes the oldest streaks, so that there is room for the streak that begins at a step.
 
-    Files of this or of later steps remain from an earlier start of the run; they are removed too.
+    An earlier start of the run may have left files of this or later steps; they are removed too.
     """
     states = _list_numbers(folder, "state_*")
     earlier = [n for n in states if n < step - 1]
@@ -208,7 +208,7 @@ def _remove_old_streaks(folder: pathlib.Path, step: int) -> None:
 
 
 def _write_arrays(path: pathlib.Path, tree: Any) -> None:
-    """Writes the arrays of a tree by their paths; a reader sees the whole file or none."""
+    """Writes the arrays of a tree, named by path; a reader sees the whole file or no file."""
     named = jax.tree_util.tree_leaves_with_path(tree)
     content = io.BytesIO()
     spell = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731

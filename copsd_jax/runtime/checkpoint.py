@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from copsd_jax.runtime import manifest, processes, storage
 
 NAME = "state"
-# With this entry in its metadata, a checkpoint without a manifest is incomplete rather than old.
+# If its metadata has this entry, a checkpoint without a manifest is incomplete, and not just old.
 _MARK = "manifest"
 
 
@@ -73,13 +73,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _find_disk_error(error: BaseException) -> str:
-    """Returns the text of an error of the disk that Orbax reports; "" for another error."""
+    """Returns the disk's error text in an error of Orbax; "" if the disk is not the cause."""
     numbers = (*storage.DISK_ERRORS, errno.EACCES, errno.EPERM)
     return next((text for text in map(os.strerror, numbers) if text in str(error)), "")
 
 
 def _raise_if_unreadable(folder: pathlib.Path, error: Exception) -> None:
-    """Raises a StorageError if an error of Orbax is a refusal or a failure of the disk.
+    """Raises a StorageError if Orbax's error means that the disk failed or refused access.
 
     Orbax reports the errors of some files only as text.
     """
@@ -94,7 +94,7 @@ def _read_added_metadata(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
-    """Compares the shapes of the saved leaves whose names begin with `prefix` with `like`."""
+    """Checks that the saved leaves whose names begin with `prefix` have the shapes of `like`."""
     added, new = _read_added_metadata(folder), _shapes(like)
     if "shapes" not in added:
         return  # a state in W/bad of an earlier version, which `_load` refuses if it does not fit
@@ -113,7 +113,7 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
 
 
 def _find_damage(folder: pathlib.Path) -> str:
-    """Returns why this process's share of a checkpoint is incomplete, or ""."""
+    """Returns why this process's share of a checkpoint is not whole; "" if it is whole."""
     with storage.explain(folder, "read"):
         if not any(folder.iterdir()):
             return "the folder is empty"
@@ -138,7 +138,7 @@ def _raise_if_damaged(folder: pathlib.Path, reason: str) -> None:
 
 def _load(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
     state, reason = {}, ""
-    # The files of a checkpoint with a manifest are whole, so its error is not damage.
+    # A folder with a manifest has already passed its check, so an error here is not damage.
     whole = processes.run_on_leader((folder / manifest.NAME).exists)
     try:
         state = ocp.load_checkpointables(str(folder.resolve()), like)
@@ -149,7 +149,7 @@ def _load(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
         if whole or "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = f"it cannot be loaded: {_first_line(error)}"
-    if not whole:  # one process may be the only one that reads the damaged file
+    if not whole:  # perhaps only one of the processes reads the damaged file
         _raise_if_damaged(folder, reason)
     return state
 
@@ -180,7 +180,7 @@ class Checkpoints:
         self._minutes, self._saved_at = minutes, time.monotonic()
         self._last: int | None = None  # the step that this process saved or loaded last
         self._thread: threading.Thread | None = None
-        self._failure = ""  # the sentence of a failed save in the background
+        self._failure = ""  # the message of a background save that failed
         self.save_seconds = 0.0  # duration of the last complete save
         if writer:
             processes.run_on_leader(self._clean)
@@ -269,7 +269,7 @@ class Checkpoints:
     def _finish(
         self, step: int, part: pathlib.Path, response: Any, until_saved: contextlib.ExitStack
     ) -> None:
-        """Waits for Orbax and ends a save, in a thread that may run no program for devices."""
+        """Waits for Orbax and ends a save; this thread must not run any program on devices."""
         try:
             response.result()
             if processes.is_leader():
@@ -381,7 +381,7 @@ class Checkpoints:
 
 
 def write_state(path: pathlib.Path, state: Any) -> None:
-    """Writes a state to a folder of its own, which no run continues from; replaces the folder.
+    """Writes a state to a separate folder, from which no run continues; replaces an old folder.
 
     All processes must call this function, because each process writes its own parts of the arrays.
     """
@@ -394,7 +394,7 @@ def write_state(path: pathlib.Path, state: Any) -> None:
                 custom_metadata={"shapes": _shapes(state), _MARK: manifest.FORMAT},
             )
         processes.run_on_leader(lambda: manifest.write_manifest(path))
-    except Exception as error:  # Orbax reports a full disk by several types
+    except Exception as error:  # Orbax reports a full disk by errors of several types
         raise storage.StorageError(f"{path} cannot be written ({_first_line(error)})") from error
 
 

@@ -1,8 +1,8 @@
 """The identity of a run: what a continued run must have in common with its first start.
 
 config.json has the settings of the newest start, and run.json has the facts of each start. A fact
-is anything outside the settings that decides numbers, such as the content of a file. A different
-fact is refused. Versions of packages are only reported.
+is anything outside the settings that decides numbers, such as the content of a file. A start with a
+different fact is refused. Different versions of packages are only reported.
 """
 
 import datetime
@@ -40,8 +40,9 @@ CHANGEABLE = (
         for name in ("timeout", "retries", "backoff", "concurrency", "key_env")
     ),
 )
-# Settings with a value that stands for one that is chosen at the first start. config.json has the
-# chosen value, and a continued run takes it: on a GPU too, a run that began in float32 stays so.
+# Settings whose value may be chosen at the first start; the value here asks for this choice.
+# config.json has the chosen value, and a continued run keeps it. For example, a run that began in
+# float32 stays in float32, even on a GPU.
 CHOSEN_AT_START = {"prompt.date": "", "model.commit": "", "model.dtype": "auto"}
 # The options of JAX that decide random numbers or precision.
 JAX_OPTIONS = (
@@ -112,12 +113,12 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
 
 
 def _is_newest_checkpoint(name: str, was: Any, now: Any) -> Any:
-    """Returns whether model.init_from was a checkpoint of the work directory that is named now."""
+    """Returns whether, for model.init_from, `was` is a checkpoint in the work directory `now`."""
     return name == "model.init_from" and now and was.startswith(f"{now.rstrip('/')}/checkpoints/")
 
 
 def choose_date(directory: pathlib.Path) -> str:
-    """Returns the date of a run's first start; today, if the run has not started yet."""
+    """Returns the date of a run's first start, or today's date if the run has not started yet."""
     today = processes.run_on_leader(lambda: datetime.date.today().isoformat())
     return read_fact_of_first_start(directory, "time", today)[: len(today)]
 
@@ -146,7 +147,7 @@ def _refuse_changes(
 
 def _may_change(name: str, settings: Mapping[str, Any]) -> bool:
     if name == "train.micro_batch":
-        # With this norm, a group without a size of its own is a micro-batch.
+        # With this norm, a group is a micro-batch unless loss.group sets the size of a group.
         grouped = settings["loss.norm"] == "micro_token_mean" and not settings["loss.group"]
         return not (grouped and methods.METHODS[settings["method"]].teacher)
     return name in ("train.steps", "eval.limit") or name.startswith(CHANGEABLE)
@@ -172,7 +173,7 @@ def _read_starts(directory: pathlib.Path) -> list[dict]:
 
 
 def read_fact_of_first_start(directory: pathlib.Path, name: str, otherwise: Any) -> Any:
-    """Returns the value that the first start with a fact recorded, or `otherwise`."""
+    """Returns a fact from the first start that recorded it; `otherwise` if no start did."""
     found = (start[name] for start in _read_starts(directory) if name in start)
     return next(found, otherwise)
 
@@ -190,8 +191,8 @@ def compare_facts(
       changed: the names of the settings that differ from those of the newest start.
 
     Returns:
-      A line that names the packages and flags that differ from the newest start, if any do; or a
-      line which says that nothing could be compared, because run.json is missing.
+      At most one line. It names the packages and flags that differ from the newest start. If
+      run.json is missing, it says instead that the facts were not compared.
 
     Raises:
       ValueError: a fact is different; the message shows the old and the new value.
@@ -201,7 +202,7 @@ def compare_facts(
         if not count_steps(directory):  # nothing was trained
             return []
         missing = f"{directory / 'run.json'} is missing: the settings are compared with config.json"
-        return [f"{missing}, but the contents of data and weights, and the environment, are not"]
+        return [f"{missing}, but the data, the weights and the environment are not compared"]
     different = []
     for name in [name for name in facts if name.endswith("fingerprint")]:
         if name == "eval_fingerprint":

@@ -29,8 +29,8 @@ def read_partial(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
     """Reads the completions of an evaluation that was stopped.
 
     Returns:
-      The objects of the lines, of which the first describes the evaluation, and the bytes of the
-      lines; see `storage.read_lines`.
+      The objects and the bytes of the lines; see `storage.read_lines`. The first object describes
+      the evaluation.
 
     Raises:
       ValueError: a line is damaged; the message names the file and the line.

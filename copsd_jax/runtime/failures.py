@@ -1,4 +1,4 @@
-"""Failures during a run for which one sentence says more than a traceback."""
+"""Failures of a run, if one sentence explains them better than a traceback."""
 
 import contextlib
 import pathlib
@@ -17,7 +17,7 @@ class UnusableFile(Exception):
 
 
 class RefusedRun(Exception):
-    """A reason, found after the weights were loaded, why a run must not begin; one sentence."""
+    """A reason why a run must not begin, found after the weights were loaded; one sentence."""
 
 
 @contextlib.contextmanager

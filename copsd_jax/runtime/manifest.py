@@ -31,7 +31,7 @@ def write_manifest(folder: pathlib.Path) -> None:
 
 
 def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str:
-    """Returns why a folder is not whole, or "".
+    """Returns why a folder is not whole; "" if it is whole.
 
     Args:
       folder: a folder with a manifest.
@@ -56,7 +56,7 @@ def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str:
 
 
 def _render(files: dict[str, tuple[int, str]]) -> str:
-    """Returns the manifest's text; it ends with a checksum of itself."""
+    """Returns the manifest's text, which ends with a checksum of its list of files."""
     content = json.dumps(files, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return f'{{"format": {FORMAT}, "files": {content}, "sha256": "{digest}"}}\n'
@@ -83,5 +83,5 @@ def _compare_file(folder: pathlib.Path, name: str, size: int, digest: str) -> st
     if (found := path.stat().st_size) != size:
         return f"file {name} has {found} bytes instead of {size}"
     if _measure_file(path)[1] != digest:
-        return f"file {name} has other contents than were saved"
+        return f"file {name} no longer has the contents that were saved"
     return ""

@@ -1,6 +1,6 @@
 """The lock of a work directory: only one run may write to it.
 
-The lock has two parts, and both end with their holder:
+The lock has two parts. Both expire when the process that holds them ends:
 
   W/lock        a lock of the operating system (flock), which the system releases when the process
                 ends; for processes on one machine
@@ -73,7 +73,7 @@ def _describe_holder() -> dict[str, Any]:
 
 
 def _describe_machine() -> dict[str, str]:
-    """Describes where a process id is valid: containers of one host name have ids of their own."""
+    """Describes where process ids are valid; a host name alone does not identify a container."""
     described = {"host": socket.gethostname()}
     with contextlib.suppress(OSError):  # not Linux
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -140,7 +140,7 @@ def _hold_flock(directory: pathlib.Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _hold_lease(directory: pathlib.Path, confirm: bool) -> Iterator[None]:
-    """Holds the lease; `confirm` waits in case two processes take the lease at the same time."""
+    """Holds the lease; if `confirm`, checks after a pause that no other process took it as well."""
     path, token = directory / "lease.json", uuid.uuid4().hex
     _wait_for_lease(directory, path)
     lease = {**_describe_holder(), "token": token, "beat": 0}

@@ -10,8 +10,8 @@ def explain_rust_errors(what: str, remedy: str) -> Iterator[None]:
 
     The Rust code of `tokenizers` panics if it meets a value that its authors thought impossible.
     A panic is a BaseException of a class that cannot be imported, so its name is compared. Rust has
-    printed its own message to the error output before; this message stays, as nothing in Python
-    can stop it. Other exceptions that are no Exception, such as signals, pass.
+    already printed its own message to stderr; Python cannot prevent this. Every other BaseException
+    that is not an Exception passes, for example `signals.Stopped`.
 
     Args:
       what: what failed, such as "the tokenizer in DIR cannot be read".

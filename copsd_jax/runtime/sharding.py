@@ -69,8 +69,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
       devices: the devices of the mesh; None means all devices of JAX.
 
     Raises:
-      ValueError: the product of the sizes is not the number of devices, or data is not a multiple
-        of the number of slices, or JAX uses 64 bits by default, or cannot start a platform.
+      ValueError: the product of the sizes is not the number of devices, data is not a multiple of
+        the number of slices, JAX uses 64 bits by default, or JAX cannot start a platform.
     """
     if jax.config.values["jax_enable_x64"]:
         raise ValueError(

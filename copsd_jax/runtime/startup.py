@@ -1,7 +1,7 @@
-"""The start of a command: signals, closed pipes and warnings are handled alike by all commands.
+"""The start of every command: the handling of signals, closed pipes and warnings.
 
-The imports of a command take seconds. A command therefore calls `begin` before all its imports but
-this one. This module does not import JAX.
+The imports of a command take seconds. A command therefore imports this module and calls
+`begin` before its slow imports. This module does not import JAX.
 """
 
 import os
@@ -10,7 +10,7 @@ from copsd_jax.runtime import signals, streams
 
 
 def begin() -> None:
-    """Prepares this process, until its end, for a command.
+    """Prepares this process for a command; the effects last until the process ends.
 
     A signal ends the process at once, with a sentence; `stopping` handles signals during training.
     Output to a pipe without a reader is dropped.

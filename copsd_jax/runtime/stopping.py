@@ -28,7 +28,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._number = 0  # number of the signal; 0 if no signal has arrived
         self._deadline = math.inf  # time at which the sender may kill the process
-        self._end: float | None = None  # time at which the work that may be left would be complete
+        self._end: float | None = None  # expected end of the work that may be left, if any
         self._reserve = 0.0  # seconds that a save takes after the work
 
     @contextlib.contextmanager
@@ -72,7 +72,8 @@ class StopRequest:
 
         Raises:
           signals.Stopped: a signal has arrived, and the work would be complete too late. A single
-            process raises this error as soon as the signal arrives, several processes in `poll`.
+            process raises this error as soon as the signal arrives. Several processes raise it only
+            in `poll`.
         """
         self._end, self._reserve = end, reserve
         try:

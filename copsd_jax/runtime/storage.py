@@ -27,7 +27,7 @@ class StorageError(OSError):
 def parse_path(text: str) -> pathlib.Path:
     """Returns the path that a flag or setting names.
 
-    A shell does not expand the `~` of `--flag=~/x`.
+    A shell does not expand the `~` in `--flag=~/x`, so this function expands it.
     """
     return pathlib.Path(os.path.expanduser(text))
 
@@ -67,14 +67,14 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        # A file has the name of a folder, perhaps inside `path`.
+        # A file is where a folder is needed, perhaps not at `path` itself.
         if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
             reason += f": {error.filename}"
         raise StorageError(f"{path} cannot be {action} ({reason})") from error
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Writes the names in a folder to the disk, if the file system has this function."""
+    """Writes the names in a folder to the disk, if the file system supports this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

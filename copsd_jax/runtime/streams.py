@@ -87,7 +87,7 @@ class _OutputStream:
 
 
 def ignore_closed_pipes() -> None:
-    """Drops the output to stdout and stderr from now on, once their pipe has no reader."""
+    """Lets stdout and stderr drop their output once their pipe has no reader."""
     sys.stdout, sys.stderr = _OutputStream(sys.stdout), _OutputStream(sys.stderr)
 
 

@@ -5,9 +5,9 @@
 A launcher gives each start of a run a number: 0 for a start by the user, then 1, 2 and so on. A
 start makes progress if it adds a checkpoint, a step to the metrics, or a completion to an
 evaluation. At most `--limit` starts in a row may make no progress; the next start is refused with
-exit code 2. Otherwise the arguments after `--` replace this process, so that its signals and its
-exit code are those of the program. W/tries.json contains the count. This module does not import
-JAX.
+exit code 2. Otherwise, Python with the arguments after `--` replaces this process, so that the
+program itself receives the signals and returns the exit code. W/tries.json contains the count. This
+module does not import JAX.
 """
 
 import argparse
@@ -29,8 +29,8 @@ class Progress(NamedTuple):
     Attributes:
       checkpoint: the step of the newest checkpoint, or -1.
       steps: the number of lines of the metrics.
-      evaluation: two numbers: of complete evaluations, and of completions that the next, incomplete
-        one has. Pairs compare by the first number, then by the second.
+      evaluation: the number of complete evaluations, and the number of completions in incomplete
+        evaluations. Pairs are compared by the first number, and then by the second.
     """
 
     checkpoint: int

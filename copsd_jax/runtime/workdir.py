@@ -3,7 +3,7 @@
 A run writes these files:
 
     W/config.json            every setting
-    W/run.json               of each start: settings that changed, versions, commit, devices, seed,
+    W/run.json               for each start: settings that changed, versions, commit, devices, seed,
                              fingerprints of model and data
     W/metrics.jsonl          one line per step
     W/tensorboard/           the same metrics for TensorBoard
@@ -45,7 +45,7 @@ _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collec
 
 
 def convert_to_json(value: Any) -> Any:
-    """Returns a value as JSON gives it back: tuples become lists, inside a dict too."""
+    """Returns a value as it would be after JSON: tuples become lists, also inside dicts."""
     if isinstance(value, Mapping):
         return {name: convert_to_json(item) for name, item in value.items()}
     return [convert_to_json(item) for item in value] if isinstance(value, tuple | list) else value
@@ -79,7 +79,7 @@ def check_writable(directory: pathlib.Path, flag: str, value: pathlib.Path | Non
 
 
 def has_files(directory: pathlib.Path) -> bool:
-    """Returns whether a directory has files other than those of a start that wrote no settings."""
+    """Returns whether a directory has files other than those that precede a start's settings."""
     ours = ("lock", "lease.json", "tries.json", "engine")
     return directory.exists() and any(
         path.is_file()
@@ -133,7 +133,7 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
         start["defaults"] = convert_to_json(config_lib.flat(config_lib.default()))
     if convert_to_json(settings) != _find_settings(starts):
         start["settings"] = convert_to_json(settings)
-    # A start that is killed between the two files leaves its facts together with its settings.
+    # run.json is first: after a kill between the two writes, it has both facts and settings.
     write_json(path, {"starts": [*starts, start]})
     write_json(directory / "config.json", convert_to_json(settings))
 
@@ -147,7 +147,7 @@ def read_settings(directory: pathlib.Path) -> dict[str, object]:
     """Reads the settings of an existing run; returns each value by the setting's full name.
 
     If config.json is missing or damaged, lacks settings, or has a value of a wrong type or range,
-    the settings are those that run.json has, with a message.
+    the settings are taken from run.json, and a message is printed.
 
     Raises:
       FileNotFoundError: the directory has no config.json, and run.json has no settings.
@@ -181,7 +181,7 @@ def _check_workdir_settings(settings: Mapping[str, object], place: str | pathlib
 
 
 def _restore_settings(directory: pathlib.Path) -> dict[str, object] | None:
-    """Returns the settings in run.json; None if the file is missing or damaged or has none."""
+    """Returns the settings in run.json; None if it is missing, is damaged, or has no settings."""
     path = directory / "run.json"
     try:
         return _find_settings(read_starts(path)) if path.is_file() else None
@@ -207,7 +207,7 @@ def read_starts(path: pathlib.Path) -> list[dict]:
 
 
 def read_all_settings(directory: pathlib.Path) -> dict[str, object]:
-    """Reads the settings of an existing run as `read_settings` does; absent ones get a default."""
+    """Reads a run's settings as `read_settings` does; settings that are absent get defaults."""
     return convert_to_json(config_lib.flat(config_lib.default())) | read_settings(directory)
 
 
@@ -276,10 +276,11 @@ def _advise_on_damaged_workdir(directory: pathlib.Path, path: pathlib.Path) -> s
 
 
 def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
-    """Removes the files of steps after `first` that the run will not write or check again.
+    """Removes the records and evaluations of steps after `first` that may no longer be right.
 
     These steps are trained again, perhaps with another schedule of the learning rate. Evaluations
-    are kept if they name their policy, because they are reused only for the same policy.
+    up to the last step are kept if they name their policy, because they are reused only for the
+    same policy.
 
     Args:
       directory: the work directory.

@@ -15,13 +15,13 @@ _WITHOUT_LIST = ("HTTP 404", "HTTP 405", "HTTP 501")
 def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     """Asks the author's server whether it serves the model, and whether replies have room.
 
-    If the server has no list of models, or an empty one, a warning says that neither is checked. A
-    server that cannot be reached is not needed if author.cache has replies.
+    If the server has no list of models, or an empty one, a warning says that neither is checked. If
+    author.cache has replies, a server that cannot be reached also causes only this warning.
 
     Args:
       config: the run's settings.
-      longest: the number of tokens of the longest author prompt, by the model's tokenizer, if each
-        attempt is as short as possible; None if no server is the author.
+      longest: the number of tokens of the longest author prompt, counted with the model's tokenizer
+        and with the shortest possible attempts; None if no server is the author.
 
     Raises:
       ValueError: the server does not serve the model, or has too little room.
@@ -66,6 +66,6 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
     if longest + config.rollout.max_tokens + author.max_tokens > room:
         streams.warn(
             f"author.max_tokens={author.max_tokens}, a prompt of about {longest} tokens and an "
-            f"attempt of rollout.max_tokens={config.rollout.max_tokens} exceed {place}: it "
-            "will refuse the longest attempts, unless context.section_tokens shortens them"
+            f"attempt of rollout.max_tokens={config.rollout.max_tokens} exceed {place}: the "
+            "server will refuse the longest attempts, unless context.section_tokens shortens them"
         )

@@ -19,7 +19,7 @@ from copsd_jax.runtime import storage, streams
 from copsd_jax.servers import client
 
 USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
-_SENT_AGAIN = "sent again with "  # begins the detail of answers to requests refused at first
+_SENT_AGAIN = "sent again with "  # start of `detail` if the server first refused the request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +136,8 @@ def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
 def _read_chat_reply(random: bool, body: bytes) -> client.Outcome:
     """Reads the text of the first choice in a reply.
 
-    Some servers put the thinking into a field of its own. It is put in front of the text again, in
-    the tags that other servers leave in the text.
+    Some servers put the thinking into a separate field. This function puts the thinking back in
+    front of the text, in the tags that other servers leave in the text.
 
     Args:
       random: whether another attempt may give another text, because the temperature is above 0.

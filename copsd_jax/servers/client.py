@@ -1,7 +1,7 @@
 """HTTP client for servers: requests with retries, deadlines and limited concurrency.
 
-`servers/chat.py` requests chat completions with it, and `servers/remote_engine.py` completions of
-token ids.
+`servers/chat.py` uses this client to request chat completions, and `servers/remote_engine.py` uses
+it to request completions of token ids.
 
 The client uses the standard library's `http.client`. Common clients, such as httpx, have no overall
 deadline: their timeouts start again after every byte received. In this client, a read may take only
@@ -182,7 +182,7 @@ def read_key(server: Server) -> str:
     key = os.environ.get(name, "")
     if re.fullmatch(r"[!-~]+", key):
         return key
-    if not re.fullmatch("[A-Z_][A-Z0-9_]*|[a-z_]+", name):  # keys mix letters of both cases, digits
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*|[a-z_]+", name):  # keys mix cases and digits
         raise ValueError(
             f"{server.section}.key_env is not the name of an environment variable that is set (its "
             "value is not shown, because it may be a key): put the key into an environment "
@@ -246,18 +246,18 @@ def repeat_call(
     server: Server, once: Callable[[int], Outcome], name: str, stop: threading.Event,
     patience: float = 0.0,
 ) -> tuple[Outcome, int]:  # fmt: skip
-    """Calls `once` until it succeeds or gives up; returns the last outcome and the attempts.
+    """Calls `once` until an attempt succeeds or is the last; returns the same as `send_call`.
 
     Args:
       server: the server, as in `send_call`.
       once: function that makes an attempt; its argument is the number of the attempt, from 1 on.
       name: seed of the jitter, as in `send_call`.
       stop: event that ends the pauses when it is set.
-      patience: seconds for which a server that cannot be reached is asked again, after any number
-        of attempts; a server that is being restarted needs minutes.
+      patience: seconds for which a server that cannot be reached is asked again, even after the
+        last retry; a server that is being restarted needs minutes.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
-    lost = None  # the time since when the server has not been reached
+    lost = None  # time since which the server cannot be reached; None if it was reached
     while outcome.again and outcome.after <= server.timeout:
         waits = lost is not None and time.monotonic() - lost < patience
         if attempt > server.retries and not waits:

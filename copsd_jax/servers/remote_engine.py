@@ -49,7 +49,7 @@ from copsd_jax.sampler import loop, request
 from copsd_jax.servers import client, dialects
 
 LOGPROBS = ("raw", "tempered", "processed")
-_GIVEN_UP = "given up"  # begins the detail of completions that were not waited for
+_GIVEN_UP = "given up"  # start of the detail of completions that were given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,10 @@ class EngineServer:
       max_model_len: maximum number of tokens of a prompt and its completion together; None means
         the server's limit.
       adapter: the adapter's name on the server, set by `hand_over`; "" means the base model.
-      root: the file or repository of the model, as the server reports it; "" if it does not.
+      root: the file or repository of the model, as the server reports it; "" if not reported.
       patience: seconds for which a server that cannot be reached is asked again. `connect_server`
         sets it to `api.timeout`. A server that never answered is not waited for.
-      folder: the folder of the weights that `hand_over` loaded last; "" before the first.
+      folder: the folder of the weights that `hand_over` loaded last; "" before the first call.
     """
 
     api: client.Server
@@ -208,8 +208,8 @@ def _request_completion(
         return loop.drop_tokens("failed", client.to_one_line(f"the completion {error}"))
     if server.adapter and outcome.value.get("model") == server.api.model:
         raise OSError(
-            f"{url} drew a completion from {server.api.model} instead of {server.adapter}: it must "
-            "sample from the adapter that a request names as its model"
+            f"{url} drew a completion from {server.api.model} instead of {server.adapter}: the "
+            "server must sample from the adapter that the field `model` of a request names"
         )
     return completion
 
@@ -257,8 +257,8 @@ class _PolicyKeeper:
         """Hands the policy over, unless another row has done so since `known` was read.
 
         Raises:
-          OSError: the server refused the policy, in this restore or in that of another row for
-            which this row waited; or `stop` is set.
+          OSError: the restore failed, or `stop` is set. If this row waited for the restore of
+            another row, the error is that of the other restore.
         """
         tries = self._tries
         with self._lock:
@@ -450,8 +450,8 @@ def hand_over(
 
     Raises:
       ValueError: the folder has neither adapter_config.json nor config.json.
-      OSError: the server did not load the folder; the message contains the server's reply and the
-        options that the server needs. Or the server does not list the adapter afterwards.
+      OSError: the server did not load the folder, or does not list the adapter afterwards. If the
+        load failed, the message contains the server's reply and the options that the server needs.
     """
     path = pathlib.Path(folder).resolve()
     if (path / "adapter_config.json").is_file():
@@ -475,8 +475,8 @@ def _hand_adapter(
         _change_served_adapter(server, "load", {"lora_name": name, "lora_path": str(path)}, stop)
         if name not in list_models(server, stop):
             raise OSError(
-                f"{server.api.url} does not list the adapter {name}, although it said that it has "
-                "loaded it: without the list, it may sample from the base model"
+                f"{server.api.url} does not list the adapter {name}, although it reported that the "
+                "adapter is loaded: the server may sample from the base model instead"
             )
     return dataclasses.replace(server, adapter=name, folder=str(path))
 

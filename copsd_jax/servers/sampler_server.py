@@ -50,7 +50,7 @@ def plan_sampler_server(
 
 
 def _list_server_logp_readers(config: config_lib.Config) -> dict[str, object]:
-    """Returns the settings, with their values, with which a loss reads the sampler's numbers."""
+    """Returns the settings, with their values, that make a loss read the sampler's log p."""
     off = {"policy.old": "trainer", "policy.rollout_clip": 0, "loss.rollout_clip": 0}
     values = config_lib.flat(config)
     return {name: values[name] for name, value in off.items() if values[name] != value}
@@ -61,9 +61,9 @@ def check_sampler_server_gap(
 ) -> list[str]:
     """Checks that the server's log-probabilities are those of the trainer's policy.
 
-    Programs that differ only in rounding stay below 1e-4 in float32. In bfloat16, some of 1e5
-    tokens have gaps of a nat and more. Therefore the bound is 100 times as large in float32, and 3
-    nats in bfloat16, which is a factor of 20 between two probabilities.
+    If only rounding differs, all gaps are below 1e-4 in float32. In bfloat16, some of 1e5 tokens
+    have gaps of a nat or more. Therefore the bound in float32 is 100 times 1e-4, and the bound in
+    bfloat16 is 3 nats, which is a factor of 20 between two probabilities.
 
     Args:
       config: the run's settings; model.dtype is the dtype of the trainer.

@@ -242,7 +242,7 @@ def test_refusals(model):
         copsd_jax.divergence(p, q)
     shorter = copsd_jax.Scores(p.ids_C, p.logp_CV[:, :10])
     outside = copsd_jax.Scores(np.array([10]), shorter.logp_CV)
-    with pytest.raises(ValueError, match=r"teacher has other ids_C than integers from 0 to 9$"):
+    with pytest.raises(ValueError, match=r"teacher has ids_C that are not integers from 0 to 9$"):
         copsd_jax.divergence(p, outside)
     flat = copsd_jax.Scores(p.ids_C, p.logp_CV[0])
     with pytest.raises(ValueError, match=r"student has ids_C of shape \(1,\) and logp_CV of shape"):

@@ -105,7 +105,7 @@ def test_the_exported_base_is_the_model_before_training(trained, tmp_path, capsy
     shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("checkpoints"))
     flags = ["export", f"--workdir={tmp_path / 'w'}", f"--out={tmp_path / 'o'}", "--format=base"]
     assert export.main([*flags, "--step=1"]) == 2
-    assert "--step=1: --format=base writes the model before" in capsys.readouterr().err
+    assert "--step=1: --format=base writes the model as it was before" in capsys.readouterr().err
     assert export.main(flags) == 0
     shape = hf_config.load_config(tmp_path / "o")
     key = jax.random.fold_in(jax.random.key(runs.config("opsd").seed), loaded_run.WEIGHTS_STREAM)
@@ -199,7 +199,7 @@ def test_the_evaluation_program(trained, tmp_path, capsys):
     saved = json.loads((tmp_path / "o" / files[1]).read_text())
     assert saved["scores"]["en"]["problems"] == 3
     assert evaluate.main([*flags, "--steps=5"]) == 2
-    assert "no checkpoint of [5], there are [1, 2]" in capsys.readouterr().err
+    assert "no checkpoint of [5]; the checkpoints are [1, 2]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

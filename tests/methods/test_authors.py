@@ -106,7 +106,7 @@ def test_a_critic_that_fails_in_every_way(monkeypatch, tmp_path, critic):
     assert details[2].startswith("HTTP 500")
     assert [bool(detail) for detail in details] == [False, True, True, True, False, False]
     assert summary.summarize_failures(7, work.records) == [
-        "warning: step 7: 3 of 6 completions have no reply, the first for timeout: "
+        "warning: step 7: 3 of 6 completions have no reply; the first has the status timeout: "
         "no complete reply within 1.5 s (author.timeout)"
     ]
     assert summary.summarize_failures(7, work.records[:1]) == []

@@ -346,8 +346,8 @@ def test_a_critic_is_asked_before_training(stub, tmp_path, capsys, models, chang
         ((404, "nothing here"), "author.model and author.max_tokens are not checked"),
         ((200, "welcome"), "author.model and author.max_tokens are not checked"),
         ((200, []), "models lists no models: author.model and author.max_tokens are not checked"),
-        ((200, [{"id": "tiny", "max_model_len": 800}]), "it will refuse the longest attempts"),
-        ((200, [{"id": "tiny", "max_model_len": 257}]), "it will refuse the longest attempts"),
+        ((200, [{"id": "tiny", "max_model_len": 800}]), "server will refuse the longest attempts"),
+        ((200, [{"id": "tiny", "max_model_len": 257}]), "server will refuse the longest attempts"),
         ((200, [{"id": "tiny"}]), ""),
     ],
 )

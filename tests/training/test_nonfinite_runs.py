@@ -159,7 +159,7 @@ def test_a_weight_stops_the_run_at_once_and_is_neither_saved_nor_exported(
     spoiled("weight", 4)
     assert run(workdir) == 3
     err = capsys.readouterr().err
-    assert "the weights, the optimizer or the average are not finite after step 4" in err
+    assert "the weights, optimizer or moving average are not finite after step 4" in err
     assert f"the last good checkpoint is {workdir}/checkpoints/3" in err
     assert sorted(states(workdir)) == [1, 2, 3]
     assert replay.main(["replay", f"--workdir={workdir}", "--step=4"]) == 0
