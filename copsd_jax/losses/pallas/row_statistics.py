@@ -173,7 +173,7 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
 
 
 def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> jax.Array:
-    """Returns, as an int32 scalar, how many of the `size` rows of this shard's head are real."""
+    """Returns as an int32 scalar how many of the `size` rows of this shard's head are real."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
