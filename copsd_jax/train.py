@@ -128,7 +128,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
     ):
         r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if config.check.self_test and config.train.steps and not continued:
-            print(_test_new_run(r, state, directory), flush=True)
+            print(_check_before_training(r, state, directory), flush=True)
         saver = stack.enter_context(_create_workdir(plan, directory, facts))
         if loaded_run.warms_up_sampler(plan):
             print("compiling the sampler's programs", flush=True)
@@ -152,7 +152,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
     return processes.run_on_leader(lambda: metric_files.count_failed_metric_lines(directory, steps))
 
 
-def _test_new_run(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
+def _check_before_training(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
     """Returns the self-test's line; if the test fails, removes the files written for a server."""
     try:
         return self_test.check(r, state)

@@ -108,7 +108,7 @@ def count_decode_memory(frame: run_plan.ProgramPlan, section: str, tokens: int) 
     """
     m, settings = frame.model_config, builders.build_sampler_settings(frame.config, section, 0)
     tensor, shards = frame.mesh.shape["tensor"], sharding.batch_shards(frame.mesh)
-    repeats = sharding.count_key_repeats(m.n_heads, m.n_kv_heads, tensor)
+    repeats = sharding.count_sharded_key_repeats(m.n_heads, m.n_kv_heads, tensor)
     decoder = transformer.Decoder(m, frame.dtype, key_repeats=repeats)
     slots = -(-settings.slots // shards) * shards
     multiple = decode_attention.CACHE_LENGTH_MULTIPLE

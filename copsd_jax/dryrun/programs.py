@@ -189,7 +189,7 @@ def build_dry_run_frame(config: config_lib.Config, devices: list) -> run_plan.Pr
     setting_rules.check_shard_settings(config, sharding.batch_shards(mesh))
     setting_rules.check_top_k_settings(config, shape.vocab_size)
     backends.choose_loss(config, sharding.platform(mesh))
-    sharding.count_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
+    sharding.count_sharded_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
     return run_plan.ProgramPlan(config, mesh, dtype, shape)

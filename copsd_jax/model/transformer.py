@@ -377,7 +377,7 @@ class Decoder(nn.Module):
       attention: implementation of attention for streams without a cache, one of
         row_attention.IMPLEMENTATIONS.
       key_repeats: how many times attention and caches repeat each key head
-        (`sharding.count_key_repeats`).
+        (`sharding.count_sharded_key_repeats`).
       unstacked: whether to run the layers one by one instead of scanning stacked arrays; only for
         streams with a cache. If `unstacked` is set, the parameter tree has the keys `layer_0`,
         `layer_1`, … instead of `layers`, and adapters and prefixes are tuples with one tree per

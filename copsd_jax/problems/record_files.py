@@ -138,7 +138,7 @@ def _parse_json(path: str, line: int, text: str, whole: bool = False) -> Any:
     try:
         return json.loads(
             text, object_pairs_hook=build_object, parse_int=_read_integer,
-            parse_float=_read_decimal,
+            parse_float=_read_record_decimal,
         )  # fmt: skip
     except json.JSONDecodeError as error:
         at = f"{path}, line {line + error.lineno - 1}"
@@ -175,7 +175,7 @@ def _read_integer(digits: str) -> int:
     return int(digits)
 
 
-def _read_decimal(digits: str) -> float | decimal.Decimal:
+def _read_record_decimal(digits: str) -> float | decimal.Decimal:
     """Returns a number as a float, or as a Decimal if a float would change its digits."""
     value = float(digits)
     if math.isinf(value):

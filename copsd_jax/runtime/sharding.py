@@ -10,7 +10,7 @@ If a mesh axis does not divide a dimension, the dimension is not split along thi
 Two more rules apply to the mesh axis `tensor`:
 
 - Keys and values are split only between heads. The model repeats its K key heads until `tensor`
-  divides the number of key heads (`count_key_repeats`).
+  divides the number of key heads (`count_sharded_key_repeats`).
 - If `tensor` does not divide the vocabulary, the [V, D] matrices are split along the width. A
   program that splits the vocabulary pads it first.
 """
@@ -133,7 +133,7 @@ def _size(mesh: Any, axis: Axis) -> int:
     return math.prod(mesh.shape[name] for name in _names(axis))
 
 
-def count_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
+def count_sharded_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
     """Returns how often to repeat each key head, so that `tensor` divides the number of key heads.
 
     M is the number of queries per key head. The result r is the smallest divisor of M for which

@@ -115,7 +115,7 @@ def _reserved_characters(tokenizer: Tokenizer) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _normalizes_tokens(tokenizer: Tokenizer) -> bool:
+def _normalizes_encoded_tokens(tokenizer: Tokenizer) -> bool:
     """Returns whether added tokens are found in normalized text, in which other spellings match."""
     found = tokenizer.added_tokens_decoder.values()
     normalizer = tokenizer.backend_tokenizer.normalizer
@@ -145,7 +145,7 @@ class Guard:
         self.mark = next(free)
         pattern = find_added_tokens(tokenizer)[1]
         found = {token for text in contents for token in pattern.findall(text)}
-        if _normalizes_tokens(tokenizer):
+        if _normalizes_encoded_tokens(tokenizer):
             for text in contents:
                 found |= {text[start:end] for start, end, _ in find_token_spans(tokenizer, text)}
         longest_first = sorted(found, key=lambda token: (-len(token), token))

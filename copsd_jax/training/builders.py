@@ -29,7 +29,9 @@ def build_decoder(frame: run_plan.ProgramPlan) -> transformer.Decoder:
         query_block=row_attention.CPU_QUERY_BLOCK if platform == "cpu" else transformer.QUERY_BLOCK,
         decode=backends.choose_decode_attention(c, platform),
         attention=backends.choose_row_attention(c, platform, frame.dtype, m),
-        key_repeats=sharding.count_key_repeats(m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]),
+        key_repeats=sharding.count_sharded_key_repeats(
+            m.n_heads, m.n_kv_heads, frame.mesh.shape["tensor"]
+        ),
     )
 
 

@@ -82,7 +82,7 @@ def keep_fitting_training(
     build = functools.partial(prompts.build_student_prompt, teacher.tokenizer, student)
     fitting = keep_fitting(rows, build, "student", "prompt", config)
     if not config_lib.traits(config).samples:
-        return _keep_short_solutions(fitting, config, teacher.tokenizer, student)
+        return _keep_rows_with_short_solutions(fitting, config, teacher.tokenizer, student)
     if not config_lib.traits(config).teacher:
         return fitting
     taught = keep_fitting(fitting.rows, teacher.build_shortest, "teacher", "teacher", config)
@@ -93,7 +93,7 @@ def keep_fitting_training(
     return FittingRows(taught.rows, longest, dropped)
 
 
-def _keep_short_solutions(
+def _keep_rows_with_short_solutions(
     fitting: FittingRows, config: config_lib.Config, tokenizer: text_encoding.Tokenizer,
     student: conversations.PromptFormat,
 ) -> FittingRows:  # fmt: skip

@@ -149,7 +149,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     dtype = model_headers.choose_dtype(config.model.dtype, mesh)
     backends.check_attention(config, sharding.platform(mesh), dtype, shape)
     setting_rules.check_top_k_settings(config, shape.vocab_size)
-    sharding.count_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
+    sharding.count_sharded_key_repeats(shape.n_heads, shape.n_kv_heads, mesh.shape["tensor"])
     sides = _plan_prompt_formats(config, registry, exemplars, tok)
     taught, side = config_lib.traits(config).teacher, sides.pop("teacher")
     # Only a method with a teacher has exemplars with replies.

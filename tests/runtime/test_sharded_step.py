@@ -33,7 +33,7 @@ SCALE = 2.0
 
 
 def decoder_of(config: transformer.ModelConfig, tensor: int) -> transformer.Decoder:
-    repeats = sharding.count_key_repeats(config.n_heads, config.n_kv_heads, tensor)
+    repeats = sharding.count_sharded_key_repeats(config.n_heads, config.n_kv_heads, tensor)
     return transformer.Decoder(config, jnp.float32, key_repeats=repeats)
 
 

@@ -81,7 +81,7 @@ def test_every_leaf_of_every_shape_lies_where_it_should():
             where: Any = AbstractMesh((1, fsdp, tensor), sharding.AXES, (AxisType.Auto,) * 3)
             if config.n_heads % tensor:
                 with pytest.raises(ValueError, match=f"mesh.tensor is {tensor}: "):
-                    sharding.count_key_repeats(config.n_heads, config.n_kv_heads, tensor)
+                    sharding.count_sharded_key_repeats(config.n_heads, config.n_kv_heads, tensor)
                 continue
             for path, leaf in leaves:
                 if not leaf.ndim:
@@ -92,7 +92,9 @@ def test_every_leaf_of_every_shape_lies_where_it_should():
                 assert held(leaf, NamedSharding(where, spec)) == share, (name, fsdp, tensor)
                 seen.add(name)
             for dtype in (jnp.bfloat16, jnp.int8):
-                repeats = sharding.count_key_repeats(config.n_heads, config.n_kv_heads, tensor)
+                repeats = sharding.count_sharded_key_repeats(
+                    config.n_heads, config.n_kv_heads, tensor
+                )
                 decoder = transformer.Decoder(config, jnp.bfloat16, key_repeats=repeats)
                 state = jax.eval_shape(
                     functools.partial(engine.init_slot_state, decoder, 32, 128, dtype)
@@ -120,13 +122,13 @@ def test_unknown_names_are_refused_wherever_they_are():
      (64, 8, 16, 2), (12, 4, 6, 3), (9, 3, 9, 3)],
 )  # fmt: skip
 def test_key_repeats_by_hand(heads, key_heads, tensor, repeats):
-    assert sharding.count_key_repeats(heads, key_heads, tensor) == repeats
+    assert sharding.count_sharded_key_repeats(heads, key_heads, tensor) == repeats
 
 
 def test_a_tensor_axis_that_does_not_divide_the_heads_is_refused():
     message = "mesh.tensor is 6: it does not divide the model's 8 query heads; the choices are 1, "
     with pytest.raises(ValueError, match=f"{message}2, 4, 8"):
-        sharding.count_key_repeats(8, 2, 6)
+        sharding.count_sharded_key_repeats(8, 2, 6)
 
 
 def test_what_stays_whole_is_named_with_its_bytes():
