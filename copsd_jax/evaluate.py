@@ -447,7 +447,9 @@ def _choose_steps(args: argparse.Namespace) -> list[int]:
     except ValueError as error:
         raise ValueError(f"--steps={args.steps}: write numbers such as 0,12") from error
     if not saved and not asked:
-        raise ValueError(f"{folder} has no checkpoint: --steps=0 evaluates the initial policy")
+        raise ValueError(
+            f"{folder} has no checkpoint; use --steps=0 to evaluate the initial policy"
+        )
     if absent := [step for step in asked if step not in (0, *saved)]:
         raise ValueError(f"--steps: no checkpoint of {absent}; the checkpoints are {saved}")
     return list(dict.fromkeys(asked)) or [0, *saved]

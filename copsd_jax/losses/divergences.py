@@ -159,7 +159,7 @@ def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergenc
 def _reverse_kl_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the derivative of ln p unless entries are clipped; the derivative sums to ∂(Σp) = 0."""
+    """Drops the term p · ∂ ln p unless entries are clipped, because its sum is ∂(Σp) = 0."""
     gap = student.log - teacher.log
     return student.p * (gap if settings.clip_mode == "element" else jax.lax.stop_gradient(gap))
 

@@ -117,7 +117,7 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
 
 
 def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns an empty text with a reason if the author is not asked; otherwise None."""
+    """Returns None if the author is to be asked, otherwise an empty text with the reason."""
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position

@@ -1,4 +1,4 @@
-"""Bad and failed steps: the files of bad steps, and when such steps stop the run.
+"""Bad and failed steps: writes the files of bad steps, and decides when steps stop the run.
 
 A step is bad if its loss or its gradient is not finite, or if the logits of more than half of its
 completions were not finite. A step failed if a server or a reward function gave too few usable

@@ -257,7 +257,7 @@ def repeat_call(
         last retry; a server that is being restarted needs minutes.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
-    lost = None  # time since which the server cannot be reached; None if it was reached
+    lost = None  # when the server became unreachable; None if the last attempt reached it
     while outcome.again and outcome.after <= server.timeout:
         waits = lost is not None and time.monotonic() - lost < patience
         if attempt > server.retries and not waits:

@@ -567,7 +567,7 @@ def make_step(
 
 
 def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:
-    """Returns decay · average + (1 - decay) · new in float32; without an average, returns `ema`.
+    """Returns decay · ema + (1 - decay) · new in float32; returns `ema` if the run has no average.
 
     In bfloat16, an average with a decay of 0.999 would not change, because rounding would remove
     the small updates. The two factors of an adapter are averaged separately, as in the published

@@ -103,6 +103,8 @@ def test_evaluation_without_checkpoints(tmp_path, capsys):
     before = sorted(path.name for path in (tmp_path / "w").rglob("*"))
     assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'w'}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path / 'w' / 'checkpoints'} has no checkpoint: --steps=0")
+    assert said.startswith(
+        f"error: {tmp_path / 'w' / 'checkpoints'} has no checkpoint; use --steps=0"
+    )
     assert said.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "w").rglob("*")) == before
