@@ -15,7 +15,7 @@ entries.
 Products run on tensor cores, because plain multiply-adds would be too slow. In bfloat16, the key
 and value of an entry have 4 H bytes per head and need 2 M H multiply-adds. A processor of an H200
 loads about 20 bytes per cycle, so loading an entry with H = 128 takes 26 cycles. At 128
-multiply-adds per cycle, the products for an entry with H = 128 would take 2 M cycles. Conversions
+multiply-adds per cycle, the products for an entry with H = 128 would take 2 · M cycles. Conversions
 and reductions across lanes would take as many cycles as the products. With M = 8, the computation
 for an entry would take longer than loading the entry. A product on tensor cores has at least 16
 rows. Products of 16 rows need 16 FLOP per byte, and the GPU can do 200 FLOP per byte. Therefore
@@ -116,8 +116,8 @@ def attend(
       total is 0.
 
     Raises:
-      ValueError: a shape or block size is not supported, or the keys of an int8 cache take 2 to 4
-        GiB.
+      ValueError: a shape or block size is not supported, or the keys of an int8 cache take
+        between 2 and 4 GiB.
     """
     slots, heads, queries, size = q_JKMH.shape
     length = cache.k.shape[3]

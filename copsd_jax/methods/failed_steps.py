@@ -61,13 +61,17 @@ def drop_failed_loss(
 ) -> tuple[layout.Batch, bad_steps.Failure | None]:
     """Returns the part of a step's loss that is usable, and why the step failed.
 
-    A step failed in one of three cases: the sampler's server failed for more than half of the
-    completions; the reward function gave no reward for more than half of the completions to grade;
-    or no reply is usable, and either a server is the author or the sampler's server failed for
-    every reply. In the third case, the policy loss can still be used, because it needs no reply. If
-    tokens carry policy loss and the server did not refuse every request, only the distillation loss
-    is dropped, and the step did not fail. If the logits of more than half of the completions were
-    not finite, the step is bad. No part of the loss of a bad step is usable.
+    A step failed in each of these cases:
+
+    1. The sampler's server failed for more than half of the completions.
+    2. The reward function gave no reward for more than half of the completions to grade.
+    3. The author is a server, and no reply is usable.
+    4. The author is the student or the teacher, and the sampler's server failed for every reply.
+
+    In cases 3 and 4, the policy loss can still be used, because it needs no reply. If tokens carry
+    policy loss and the server did not refuse every request, only the distillation loss is dropped,
+    and the step did not fail. If the logits of more than half of the completions were not finite,
+    the step is bad. No part of the loss of a bad step is usable.
 
     Args:
       c: the settings of the run.

@@ -173,7 +173,7 @@ def _rebuild_board(folder: pathlib.Path, rows: list[dict]) -> storage.Appender:
 
 
 def _build_event(line: Mapping[str, Any]) -> bytes:
-    """Returns a line of metrics.jsonl as a serialized Event; {} begins an event file."""
+    """Returns a line of metrics.jsonl, or {} for the first Event of a file, as serialized Event."""
     # tensorboardX is imported lazily: the import is slow, and some processes write nothing.
     from tensorboardX.proto import event_pb2, summary_pb2
 

@@ -63,7 +63,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def leave_if_late(self, end: float, reserve: float = 0.0) -> Iterator[None]:
-        """Lets the work within the block be left if it would be complete only after the deadline.
+        """Allows a stop to abandon the work in the block, if the work would end after the deadline.
 
         Args:
           end: the time, as in `time.monotonic`, at which the work is expected to be complete. If

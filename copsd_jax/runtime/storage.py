@@ -21,7 +21,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class StorageError(OSError):
-    """A failed access to a file of the run, described in one sentence with path and reason."""
+    """A failed access to a file of the run; the message is one sentence with path and reason."""
 
 
 def parse_path(text: str) -> pathlib.Path:

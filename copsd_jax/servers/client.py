@@ -253,8 +253,8 @@ def repeat_call(
       once: function that makes an attempt; its argument is the number of the attempt, from 1 on.
       name: seed of the jitter, as in `send_call`.
       stop: event that ends the pauses when it is set.
-      patience: seconds for which a server that cannot be reached is asked again, even after the
-        last retry; a server that is being restarted needs minutes.
+      patience: number of seconds. While a server cannot be reached, it is asked again for this
+        long, even after the last retry, because the restart of a server takes minutes.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
     lost = None  # when the server became unreachable; None if the last attempt reached it

@@ -149,7 +149,7 @@ def generate(
 
 
 def is_given_up(completion: loop.Completion) -> bool:
-    """Returns whether `generate` gave a completion up, because most of the others had failed."""
+    """Returns whether `generate` gave up on a completion because most others had failed."""
     return completion.finish == "failed" and completion.detail.startswith(_GIVEN_UP)
 
 
@@ -223,7 +223,7 @@ class _PolicyKeeper:
         api = dataclasses.replace(server.api, retries=0)
         self._server = dataclasses.replace(server, api=api, patience=0.0)
         self._lock, self._times = threading.Lock(), 0
-        self._tries, self._error = 0, ""  # the restores that have ended; why the last one failed
+        self._tries, self._error = 0, ""  # number of ended restores; reason why the last failed
 
     def build_attempt(
         self, send: Callable[[], client.Outcome], stop: threading.Event

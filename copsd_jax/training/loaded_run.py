@@ -251,9 +251,9 @@ class ServedPolicy:
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         """Hands the policy over; returns the server that samples from the policy.
 
-        If this policy was the last one handed over, the server lists its adapters. An adapter is
-        loaded again only if the list lacks it, for example after a restart. Full weights are always
-        loaded again, because the server cannot tell which full weights it has.
+        If this policy was the last one handed over, the server is asked for its adapters. An
+        adapter is loaded again only if the server lacks it, for example after a restart. Full
+        weights are always loaded again, because the server cannot tell which full weights it has.
 
         Raises:
           failures.EngineError: the server did not load the weights.

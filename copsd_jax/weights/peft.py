@@ -36,8 +36,8 @@ DESCRIPTIVE = (
     # The tensors show which projections have an adapter.
     *("target_modules", "exclude_modules"),
 )
-# PLAIN lists fields that can change how an adapter is computed, each with its neutral values. The
-# neutral values of every other field are UNSET.
+# PLAIN lists fields that can change how an adapter is computed, each with its neutral values. For
+# all other fields, the values in UNSET are neutral.
 UNSET = (None, False, [], {})
 PLAIN: dict[str, tuple] = {"bias": ("none",), "loftq_config": (None, {})}
 # Initialisations that leave the base weights as they are.
