@@ -210,7 +210,7 @@ def imports_in_design() -> dict[str, set[str]]:
     folder = ""
     for line in tree[1:]:
         match = re.match(r"  (\w+)/ ", line)
-        folder = match[1] if match else folder if line.startswith(" " * 20) else ""
+        folder = match[1] if match else folder if line.startswith(" " * 10) else ""
         if folder:
             offset = column + len("copsd_jax/")
             out.setdefault(folder, set()).update(re.findall(r"\w+", line[offset:]))

@@ -85,7 +85,8 @@ def test_bug_26_sw_and_swa_are_one_language(tmp_path, code):
 def test_bug_20_missing_translation_is_never_the_english_problem(tmp_path):
     records = changed(2, problem_sw=None)
     path = write(tmp_path / "d.jsonl", records, "jsonl")
-    with pytest.raises(ValueError, match=r"d\.jsonl, line 3: problem_sw is missing.*of 5.*: 1"):
+    said = r"d\.jsonl, line 3: problem_sw is missing.*among 5 rows.*: 1"
+    with pytest.raises(ValueError, match=said):
         sources.load_rows(path, ("sw",))
     rows, dropped = sources.load_rows(path, ("sw",), missing="drop")
     assert [row.id for row in rows] == ["r0", "r1", "r3", "r4"]

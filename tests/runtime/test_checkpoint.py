@@ -157,7 +157,7 @@ def test_a_failure_in_the_background_is_raised_and_leaves_nothing(tmp_path, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "x"))
 
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint.manifest, "write", fails)
+    monkeypatch.setattr(checkpoint.manifest, "write_manifest", fails)
     said = rf"{tmp_path}/2 cannot be written \(No space left on device\)"
     with checkpoint.Checkpoints(tmp_path, writer=True) as checkpoints:
         for ask in (checkpoints.wait, lambda: checkpoints.save(3, make_state(3))):
