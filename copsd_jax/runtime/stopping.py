@@ -63,7 +63,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def leave_if_late(self, end: float, reserve: float = 0.0) -> Iterator[None]:
-        """Allows a stop to abandon the work in the block, if the work would end after the deadline.
+        """Ends the work in the block at a signal, if the work would end after the deadline.
 
         Args:
           end: the time, as in `time.monotonic`, at which the work is expected to be complete. If
@@ -83,7 +83,7 @@ class StopRequest:
             self._end = None
 
     def poll(self) -> None:
-        """Raises Stopped if the work at hand must be left; see `leave_if_late`."""
+        """Raises Stopped if the work at hand must be abandoned; see `leave_if_late`."""
         self._obey(self._number if self._must_leave() else 0)
 
     def obey(self) -> None:

@@ -71,7 +71,7 @@ def test_a_run_that_grades_needs_a_gold_answer_that_can_be_read(tmp_path):
     record = {"problem": "What is 9 + 9?", "solution": "9 + 9 = 18", "answer": "???"}
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([json.dumps(record)] * 8))
-    ends = {"opsd": "or be blank, because a row .* graded", "grpo": "only the final answer"}
+    ends = {"opsd": "or be blank if the row is not to be graded", "grpo": "only the final answer"}
     for card, end in ends.items():
         with pytest.raises(ValueError, match=rf"^data\.path: the grader cannot read any .*{end}$"):
             lines_of(card, data__path=path, eval__path="")
