@@ -34,7 +34,8 @@ from jax.sharding import PartitionSpec
 from copsd_jax.attention import decode_cache, visibility
 from copsd_jax.runtime import sharding
 
-# On CPU, blocks of 32 entries are a fifth slower, and blocks of 128 entries are no faster.
+# On CPU, blocks of 32 entries are a fifth slower than blocks of 64 entries, and blocks of 128
+# entries are no faster than blocks of 64 entries.
 BLOCK = 64  # number of entries per block in `blocks`
 CACHE_LENGTH_MULTIPLE = decode_cache.LENGTH_MULTIPLE
 Cache = decode_cache.Cache
@@ -209,8 +210,8 @@ def _attend_partially(q_WKMH: jax.Array, block: Cache, seen_WS: jax.Array) -> Pa
     total = jnp.sum(weight, axis=-1)
     if block.v_scale is not None:
         weight = weight * jnp.where(seen, block.v_scale[:, :, None], jnp.float32(0))
-    # The values of entries that are not live become 0, because such values may be infinite or NaN,
-    # and 0 times either is NaN.
+    # The values of entries that are not live are set to 0. These values may be infinite or NaN, and
+    # a weight of 0 times infinity or NaN would be NaN.
     v = jnp.where(seen_WS[:, None, :, None], block.v, jnp.zeros((), block.v.dtype)).astype(dtype)
     return PartialSoftmax(_product("wkms,wksh->wkmh", weight.astype(dtype), v), top, total)
 

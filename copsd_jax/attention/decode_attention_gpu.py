@@ -8,20 +8,20 @@ programs share a long slot, the processors are busy even if there are few slots:
                                   entries  0 … 127   128 … 255   256 … 299   none: ends at once
 
 Loads are masked, so that only live entries are read. XLA merges the results of a slot's splits. The
-result of a split consists of M (H + 2) float32 numbers, whereas the split reads 2 H numbers per
+result of a split consists of M · (H + 2) float32 numbers, whereas the split reads 2 · H numbers per
 entry. For M = 2 and splits of 512 entries in bfloat16, the results take 1/256 as many bytes as the
 entries.
 
 Products run on tensor cores, because plain multiply-adds would be too slow. In bfloat16, the key
-and value of an entry have 4 H bytes per head and need 2 M H multiply-adds. A processor of an H200
-loads about 20 bytes per cycle, so loading an entry with H = 128 takes 26 cycles. At 128
+and value of an entry have 4 · H bytes per head and need 2 · M · H multiply-adds. A processor of an
+H200 loads about 20 bytes per cycle, so loading an entry with H = 128 takes 26 cycles. At 128
 multiply-adds per cycle, the products for an entry with H = 128 would take 2 · M cycles. Conversions
 and reductions across lanes would take as many cycles as the products. With M = 8, the computation
 for an entry would take longer than loading the entry. A product on tensor cores has at least 16
 rows. Products of 16 rows need 16 FLOP per byte, and the GPU can do 200 FLOP per byte. Therefore
 each product is a `dot` of 16 rows; the last query is repeated to fill these rows. Float32 products
 are exact, because they do not use TF32. Two float32 products of 16 rows take 32 cycles per entry,
-while loading the 8 H bytes of an entry takes 52 cycles.
+while loading the 8 · H bytes of an entry takes 52 cycles.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: bool = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to its first `length` entries; returns a partial softmax.
+    """Attends from each slot's queries to the slot's live entries; returns a partial softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. M is at most 16, and H is

@@ -17,11 +17,11 @@ prefetched list of live blocks would also be slower than this kernel, because XL
 build the list in every layer.
 
 The block size was chosen for v5e. On v5e, a block of 256 entries of 8 heads in bfloat16 takes 530
-instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 instruction words, 380 are for
-computation. The other 150 words are for starting the fetch and finding the next block; their number
-does not depend on the block size. Fetching a bfloat16 block of 256 entries takes 1.28 us (1 MiB at
-819 GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M queries (1
-to 8) occupy 8 rows of the matrix unit, so M does not change the cost. On average, half of the
+instruction words, or 0.36 us at 1.5 GHz without stalls. Of the 530 instruction words, 380 words are
+for computation. The other 150 words start the fetch and find the next block; the number 150 does
+not depend on the block size. Fetching a bfloat16 block of 256 entries takes 1.28 us (1 MiB at 819
+GB/s). Each 128 x 128 tile of keys or values is loaded into a matrix unit once. The M queries (1 to
+8) occupy 8 rows of the matrix unit, so M does not change the cost. On average, half of the
 computation for a slot's last block is wasted on entries that are not live. The latency of a fetch
 is about 1 us, so a block should take about 1 us to fetch. A fetch of 1 us hides the computation for
 a block and the latency of the next fetch. An int8 block has to be converted before the products.
@@ -46,9 +46,9 @@ from copsd_jax.attention import decode_cache, visibility
 
 CHUNK = decode_cache.LENGTH_MULTIPLE  # number of entries per copy
 V5E = "TPU v5 lite"
-# HBM bandwidth in bytes per second for each `device_kind` of jax; for a device with two cores, the
-# bandwidth of one core. TPU v4 is missing: it has no gather across sublanes, so Mosaic cannot
-# compile the kernel for it.
+# HBM bandwidth in bytes per second for each `device_kind` of jax. For a device with two cores, the
+# number is the bandwidth of one core. TPU v4 has no gather across sublanes, so Mosaic cannot
+# compile the kernel for TPU v4. Therefore, TPU v4 is not in this table.
 BANDWIDTH = {
     V5E: 8.2e11, "TPU v5": 1.2e12, "TPU v5p": 1.2e12, "TPU v6 lite": 1.6e12, "TPU v6e": 1.6e12,
     "TPU7x": 3.7e12,
@@ -77,7 +77,7 @@ class BlockSizes:
 
 
 def get_attention_chip() -> str:
-    """Returns the `device_kind` of the current mesh, or that of a v5e if the mesh has no TPU."""
+    """Returns the `device_kind` of the current mesh, or V5E if the mesh has no TPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return V5E if device is None or device.platform != "tpu" else device.device_kind
 
@@ -101,7 +101,7 @@ def choose_blocks(q_shape, k_shape, dtype, chip: str = V5E) -> BlockSizes:
     wanted = BANDWIDTH[chip] * _FETCH / entry
     most = min(_LONGEST, length, _BUFFERS // (3 * entry))
     keys = max(CHUNK, min(round(wanted / CHUNK), most // CHUNK) * CHUNK)
-    # `row` is the number of bytes that a slot takes in VMEM, where its arrays are double-buffered
+    # `row` is the number of bytes that a slot takes in VMEM. The slot's arrays are double-buffered
     # and consist of float32 tiles of 8 x 128. The first term of `row` is for the queries and `out`.
     # The second term of `row` is for `top` and `total`, which have one query per lane.
     lanes = -(-size // 128) * 128
@@ -131,7 +131,7 @@ def attend(
     blocks: BlockSizes | None = None,
     interpret: Any = False,
 ) -> decode_cache.PartialSoftmax:
-    """Attends from each slot's queries to its first `length` entries; returns a partial softmax.
+    """Attends from each slot's queries to the slot's live entries; returns a partial softmax.
 
     Args:
       q_JKMH: float32 or bfloat16 queries, scaled by H**-0.5 and rotated. In VMEM, entries are
@@ -244,7 +244,7 @@ def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, leng
         return jax.lax.while_loop(dead, lambda s: s + 1, slot)
 
     def fetch(number):
-        """Starts to fetch the next live block, if one is left."""
+        """Starts to fetch the next live block, if there is another live block."""
         slot, block = ahead[0], ahead[1]
 
         @pl.when(slot < group)
@@ -291,7 +291,7 @@ def _attend_slots_kernel(blocks: BlockSizes, turned: bool, n: int, layer_1, leng
 
 
 def _attend_block_tpu(part, q_KMH, block, turned: bool, left):
-    """Adds the first `left` entries of a block (None: all entries) to a partial softmax."""
+    """Adds the first `left` entries of a block to a partial softmax; None means all entries."""
     (out_KMH, top_KM1, total_KM1), (k, v, *scales) = part, block
     dtype, entries = q_KMH.dtype, 2 if turned else 1
     logit_KMS = decode_cache.multiply(q_KMH, k.astype(dtype), 3 - entries)
@@ -301,8 +301,8 @@ def _attend_block_tpu(part, q_KMH, block, turned: bool, left):
     if left is not None:
         seen = jax.lax.broadcasted_iota(jnp.int32, logit_KMS.shape, 2) < left
         logit_KMS = jnp.where(seen, logit_KMS, visibility.MASKED_LOGIT)
-        # Entries at index `left` and beyond are garbage; a weight of 0 cannot remove them, because
-        # 0 times NaN is NaN.
+        # Entries at index `left` and at higher indices are garbage. The values of these entries are
+        # set to 0. A weight of 0 would not be enough, because 0 times NaN is NaN.
         index = jax.lax.broadcasted_iota(jnp.int32, v.shape, entries)
         v = jnp.where(index < left, v, jnp.zeros_like(v))
     new_KM1 = jnp.maximum(top_KM1, jnp.max(logit_KMS, axis=-1, keepdims=True))

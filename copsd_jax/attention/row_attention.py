@@ -26,11 +26,11 @@ from copsd_jax.attention import visibility
 from copsd_jax.runtime import sharding
 
 IMPLEMENTATIONS = ("portable", "splash", "cudnn")
-CPU_QUERY_BLOCK = 64  # queries per block on CPU; SmolLM2 is 10% slower with 32 or with 128
+CPU_QUERY_BLOCK = 64  # number of queries per block on CPU; with 32 or 128, SmolLM2 is 10% slower
 MAX_RANGES = 8  # maximum number of query ranges; more ranges would save little
-# If L² K M H is below SMALL_WORK, compiling small blocks takes more time than small blocks save.
+# If L² · K · M · H is below SMALL_WORK, small blocks save less time than their compilation takes.
 SMALL_WORK = 2**24
-SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L² K M H is below SMALL_WORK
+SMALL_WORK_BLOCK = 512  # minimum number of queries per block if L² · K · M · H < SMALL_WORK
 # Maximum number of query ranges if a block has more than CPU_QUERY_BLOCK queries. The number is
 # small, because each range takes 10 to 30 s to compile for TPU.
 MAX_RANGES_LARGE_BLOCKS = 2
@@ -208,8 +208,8 @@ def _compute_attention_logits(keys: _VisibleKeys, q_BKQMH, query: visibility.Vis
     """Computes logits for the row's keys, [B, K, Q, M, S], and for the prefix, [K, B, Q, M, P]."""
     own = _product("bkqmh,bksh->bkqms", q_BKQMH, keys.k_BKSH)
     visible = visibility.mark_visible_keys(query, index_1Q[0], keys.segments_BS)
-    # The mask is added instead of being applied with a select, because an addition is one pass over
-    # memory, whatever XLA fuses the addition with.
+    # The mask is added to the logits, and is not applied with a select. An addition takes one pass
+    # over memory, no matter which operations XLA fuses with the addition.
     mask = jnp.where(visible, jnp.float32(0), jnp.float32(visibility.MASKED_LOGIT))
     own = own + mask[:, None, :, None]
     if keys.prefix is None:

@@ -6,10 +6,10 @@ The form of the mask is chosen when a program is traced:
   segments. The kernel visits all blocks on and below the diagonal.
 - If there are parents or a prefix, the mask is an array, because the kernel's segment ids cannot
   express parents or a prefix. The mask array is built for one row at a time. A mask array takes
-  `4 L (L + P)` bytes, and twice as many in the backward pass. Blocks without a visible key are
-  skipped. The kernel's own gradient would keep the masks of all rows. Therefore, the backward pass
-  here builds the masks again and repeats the forward kernel, so a (query, key) pair takes 9
-  products instead of 7.
+  4 · L · (L + P) bytes, and twice as many bytes in the backward pass. Blocks without a visible key
+  are skipped. The kernel's own gradient would keep the masks of all rows. Therefore, the backward
+  pass here builds the masks again and repeats the forward kernel, so a (query, key) pair takes
+  9 products instead of 7.
 
 The kernel is jax.experimental.pallas.ops.tpu.splash_attention (FlashAttention-2 with a list of
 blocks to visit). Tokens of segment 0 pad the rows to whole blocks; padding tokens see each other.

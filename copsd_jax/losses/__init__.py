@@ -1,4 +1,4 @@
-"""The divergence of student and teacher, its Pallas kernels, and the policy loss.
+"""The divergence of student and teacher, Pallas kernels for the divergence, and the policy loss.
 
 May import: runtime.
 """

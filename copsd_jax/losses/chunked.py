@@ -3,7 +3,8 @@
 `sweep_block` computes the divergence of a block. `score_log_prob_block` computes the
 log-probabilities of the tokens in a block. Matmuls run in the dtype of the hidden states. All other
 computations are in float32, or in float64 if the states are float64. Inside `jax.shard_map`, a mesh
-axis may split the vocabulary; a head then has only one part of the vocabulary (`split_vocabulary`).
+axis may split the vocabulary. In this case, each device has only its own part of each head
+(`split_vocabulary`).
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from copsd_jax.losses import distributions, precision, split_vocabulary, token_blocks, token_values
 
-STRIP = 8  # rows per step on a CPU; few enough for temporary arrays to stay in the cache
+STRIP = 8  # number of rows per step on a CPU; so few that temporary arrays stay in the cache
 FLOOR = -1e30  # logit of padding entries; finite, but so low that padding gets no probability
 Result = TypeVar("Result")
 

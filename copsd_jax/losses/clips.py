@@ -57,9 +57,10 @@ def clip_importance_ratio(
 ) -> jax.Array:
     """Returns min(exp(s - old), ratio_clip) · min(exp(old - rollout), rollout_clip), shape [T].
 
-    The result has no gradient. If a clip is 0, the factor that it bounds is left out. The first
-    factor is from SDPO (arXiv 2601.20802). The second factor is truncated importance sampling,
-    which corrects for the difference between the log-probabilities of trainer and sampler.
+    The result has no gradient. If ratio_clip is 0, the first factor is 1. If rollout_clip is 0, the
+    second factor is 1. The first factor is from SDPO (arXiv 2601.20802). The second factor is
+    truncated importance sampling, which corrects for the difference between the log-probabilities
+    of trainer and sampler.
 
     Args:
       logp_T: the student's log-probabilities s of the sampled tokens, at the sampling temperature.

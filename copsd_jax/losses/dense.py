@@ -1,6 +1,7 @@
 """Computes the divergence with [tokens, vocabulary] arrays and automatic differentiation.
 
-This implementation is the reference for all others, because it uses no closed form of a gradient.
+`dense` is the reference for the other implementations, because `dense` uses no closed form of a
+gradient.
 """
 
 import jax
@@ -95,8 +96,8 @@ def _differentiable_entries(
 
     The entries have the values that `divergences.compute_entries` returns. Each entry is the sum of
     two terms. The first term is a constant that has the entry's value. The second term has the
-    value 0, but its derivative is the derivative of the entry. The derivative of the shift is left
-    out, because this derivative sums to 0 over the vocabulary.
+    value 0, but its derivative is the derivative of the entry. The derivative of the shift is
+    omitted, because this derivative sums to 0 over the vocabulary.
     """
     fixed = jax.lax.stop_gradient((student, teacher))
     e, _, clipped = divergences.compute_entries(*fixed, settings)

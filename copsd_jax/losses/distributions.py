@@ -22,8 +22,8 @@ def softmax(logits: jax.Array) -> Distribution:
 
     Student and teacher use the same expression, so equal logits give bit-identical distributions.
     """
-    # The maximum is subtracted first, because the log-sum-exp (maximum + ln Σ) of large logits
-    # would lose the digits of ln Σ.
+    # The maximum is subtracted from the logits first. If the logits are large, adding the maximum
+    # to ln Σ would round away the last digits of ln Σ.
     below = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(below)
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -1,6 +1,6 @@
 """Computes the divergence of student and teacher, and log-probabilities, from hidden states.
 
-Three implementations compute the same numbers. `resolve_implementation` chooses one.
+Three implementations compute the same numbers. `resolve_implementation` chooses the implementation.
 
 - `dense` builds [tokens, vocabulary] arrays and uses automatic differentiation. `dense` is the
   reference for the other two implementations (`losses/dense.py`).
@@ -12,8 +12,8 @@ Three implementations compute the same numbers. `resolve_implementation` chooses
 `chunked` and `pallas` compute the gradient in the same sweep as the value, with the closed forms in
 `losses/divergences.py`. Each block needs three matmuls: the student's logits, the teacher's logits
 and the gradient of the hidden states. If the head is trained, the head's gradient needs a fourth
-matmul. Temporary arrays hold only one block at a time, whatever the number of tokens. The sweep
-skips rows that are not live (`losses/token_blocks.py`).
+matmul. Temporary arrays hold only one block at a time, no matter how many tokens there are. The
+sweep skips rows that are not live (`losses/token_blocks.py`).
 
 On a mesh (`jax.set_mesh`), the axes `data` and `fsdp` split the tokens, and the axis `tensor`
 splits the vocabulary. `losses/split_vocabulary.py` lists the numbers that devices exchange. Matmuls
@@ -235,9 +235,9 @@ def _sweep(
 ) -> tuple[tuple[jax.Array, TokenStats], list]:
     """Returns the loss Σ weight · value, the statistics of all rows, and the gradients of the loss.
 
-    `rows` is (states of student and teacher, `TokenInputs`, live_T). One gradient is with respect
-    to the student's states, and the other is with respect to the student's head. A gradient that is
-    not requested is None.
+    `rows` is (states of student and teacher, `TokenInputs`, live_T). The first gradient is with
+    respect to the student's states. The second gradient is with respect to the student's head. A
+    gradient that is not requested is None.
     """
     entries, inputs = heads[0].shape[0], rows[1]
     heads = tuple(jnp.asarray(head, x.dtype) for x, head in zip(rows[0], heads, strict=False))
@@ -316,8 +316,8 @@ def log_probs(
     scales the gradient that the forward sweep has computed. If the head is trained, `chunked` needs
     four matmuls, because the logits are computed again.
 
-    For example, logits (0, ln 3) at temperature 1 give token 0 the log-probability ln 1/4 = -1.386;
-    the entropy is 0.562.
+    For example, with logits (0, ln 3) and temperature 1, token 0 has the log-probability
+    ln(1/4) = -1.386, and the entropy is 0.562.
 
     Args:
       hidden_TD: states that predict tokens_T; see `divergence`.

@@ -2,8 +2,8 @@
 
 To add a divergence, write one function that returns an `Entry` (value and derivative), and add the
 function to `DIVERGENCES`. `dense`, `chunked` and the settings then support the new divergence. The
-Pallas kernels support only the divergences that they are tested with; for all others, `auto` means
-`chunked`.
+Pallas kernels support only the divergences that the kernels are tested with. For other divergences,
+`auto` means `chunked`.
 
 Shapes: T tokens, V vocabulary entries, K entries that the loss uses (all V, or the kept entries and
 possibly a tail).
@@ -49,8 +49,8 @@ class Divergence:
       beta: weight of the teacher in jsd's mixture M, strictly between 0 and 1.
       normalize_beta: whether jsd is divided by β (1 - β) before the clip. As β tends to 0, the
         divided jsd tends to fkl; as β tends to 1, the divided jsd tends to rkl.
-      temperature: τ > 0, by which the logits of both sides are divided; the loss is not multiplied
-        by τ².
+      temperature: number τ > 0 by which the logits of both sides are divided. The loss is not
+        multiplied by τ².
       top_k: number of most probable entries that the loss uses; 0 means all entries.
       top_k_of: `teacher` keeps the teacher's k most probable entries. `student` keeps the student's
         k most probable entries. `union` keeps the k most probable entries of each side, which makes
@@ -60,14 +60,15 @@ class Divergence:
         The tail's probability is at least 1e-7; a tail at this floor has no gradient. With
         top_k = V, the result is therefore the divergence over the whole vocabulary, with an error
         of at most 1e-7.
-      clip_mode: the formula of the clip, where d = Σ e_v. none: no clip. element: min(e_v, κ) for
-        every entry. token: min(d, κ). token_weight: d stop_gradient(min(1, κ/d)). huber: d²/(2κ) if
-        d ≤ κ, else d - κ/2.
+      clip_mode: the formula of the clip. Let d = Σ e_v. `none` clips nothing. `element` replaces
+        every entry by min(e_v, κ). `token` replaces d by min(d, κ). `token_weight` replaces d by
+        d · stop_gradient(min(1, κ/d)). `huber` replaces d by d²/(2κ) if d ≤ κ, and by d - κ/2 if
+        d > κ.
       clip: the bound κ > 0 that clip_mode uses.
       sampling_temperature: temperature above 0, used for `TokenStats.logp_sampling_T` and for the
         importance ratio.
-      ratio_clip, rollout_clip: upper bounds of the two factors in `clips.clip_importance_ratio`; if
-        a bound is 0, its factor is left out.
+      ratio_clip, rollout_clip: upper bounds of the two factors in `clips.clip_importance_ratio`. If
+        a bound is 0, the corresponding factor is 1.
 
     Raises:
       ValueError: a value is out of range, or two settings cannot be used together.
@@ -159,7 +160,7 @@ def _forward_kl_plain(student: Distribution, teacher: Distribution, _: Divergenc
 def _reverse_kl_plain(
     student: Distribution, teacher: Distribution, settings: Divergence
 ) -> jax.Array:
-    """Drops the term p · ∂ ln p unless entries are clipped, because its sum is ∂(Σp) = 0."""
+    """Drops the term p · ∂ ln p unless clip_mode is element; this term sums to ∂(Σp) = 0."""
     gap = student.log - teacher.log
     return student.p * (gap if settings.clip_mode == "element" else jax.lax.stop_gradient(gap))
 
@@ -189,8 +190,8 @@ class Kind(NamedTuple):
       plain: formula that the implementation `dense` differentiates automatically. The derivative of
         the formula with respect to the student equals the closed form in `entry`. The value of the
         formula is not used. The formula may drop terms whose derivatives sum to 0 over the
-        vocabulary, because such terms would only add rounding errors. None means that the value of
-        `entry` is differentiated instead.
+        vocabulary, because these terms would only add rounding errors. If `plain` is None, `dense`
+        differentiates the value of `entry` instead.
       settings: names of the settings that only this divergence reads, such as loss.beta.
     """
 
@@ -200,9 +201,9 @@ class Kind(NamedTuple):
 
 
 # This table contains all divergences that are sums over entries. The divergence `sampled` is not in
-# this table, because it is not such a sum. Its value is -A ln p(y), where y is the sampled token
-# and A = stop_gradient(ln q(y) - ln p(y)). Functions that compute one value per token treat
-# `sampled` as a special case.
+# this table, because `sampled` is not a sum over entries. The value of `sampled` is -A · ln p(y),
+# where y is the sampled token and A = stop_gradient(ln q(y) - ln p(y)). Functions that compute one
+# value per token treat `sampled` as a special case.
 DIVERGENCES: dict[str, Kind] = {
     "fkl": Kind(_forward_kl, _forward_kl_plain),  # KL(q ‖ p) = Σ q ln(q/p)
     "rkl": Kind(_reverse_kl, _reverse_kl_plain),  # KL(p ‖ q) = Σ p ln(p/q)

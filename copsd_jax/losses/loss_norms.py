@@ -33,8 +33,8 @@ def compute_token_weights(
     global_token_mean gives every token the weight 1/4.
 
     Args:
-      mask_BC: 1 or True for completion tokens that count. Each micro-batch must be a block of
-        consecutive rows.
+      mask_BC: 1 or True for the completion tokens that contribute to the loss. Each micro-batch
+        must be a block of consecutive rows.
       norm: a key of `NORMS`.
       micro_batch: number of completions per micro-batch, on all devices together; 0 means all B
         completions.

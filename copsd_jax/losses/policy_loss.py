@@ -104,8 +104,8 @@ def compute_surrogate(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the policy-gradient loss of each token, with bounds on the ratio ρ.
 
-    The loss is -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A). If A < 0, the dual clip limits
-    the loss to at most -dual_clip · A.
+    The loss is -min(ρ · A, clip(ρ, 1 - clip_low, 1 + clip_high) · A). If A < 0, the dual clip
+    limits the loss to at most -dual_clip · A.
 
     For example, ρ = 1.5, A = 1 and clip_high = .2 give the loss -1.2 and the gradient 0.
 
@@ -116,8 +116,8 @@ def compute_surrogate(
     Args:
       logp_BC: log-probabilities of the sampled tokens under the policy that is trained.
       logp_old_BC: log-probabilities of the same tokens under the policy that sampled them. If each
-        rollout is used for only one update, pass stop_gradient(logp_BC); then ρ is 1, and the
-        gradient is -A ∂ln π.
+        rollout is used for only one update, pass stop_gradient(logp_BC). In this case, ρ is 1, and
+        the gradient is -A · ∂ ln π.
       advantage_BC: advantage of each token, in the shape of logp_BC.
       clip_low: number that is at least 0 and below 1; 0 switches the lower bound off.
       clip_high: number that is at least 0; 0 switches the upper bound off.

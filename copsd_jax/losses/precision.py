@@ -26,10 +26,11 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 def differ(a_TD: jax.Array, b_TD: jax.Array) -> jax.Array:
     """Returns bool [T]: whether rows of `a_TD` and `b_TD` differ by more than rounding can explain.
 
-    A compiler may fuse the same computation in two ways. In float32, hidden states of equal inputs
-    then differ by up to 8e-6 of the largest element after 30 layers; in bfloat16, they are equal.
-    The limit is 128 times the rounding error of `sum_dtype`: in float32, 1.5e-5 of the largest
-    element. A row that is not finite differs.
+    A compiler may fuse the same computation in two ways. After 30 layers, the float32 hidden states
+    of two equal inputs may therefore differ by up to 8e-6 of the largest element. In bfloat16, the
+    hidden states of equal inputs are equal. The limit is 128 times the rounding error of
+    `sum_dtype`. In float32, the limit is 1.5e-5 of the largest element. A row that contains NaN or
+    infinity counts as a row that differs.
     """
     dtype = sum_dtype(a_TD)
     gap_TD = jnp.abs(a_TD.astype(dtype) - b_TD.astype(dtype))
@@ -38,7 +39,7 @@ def differ(a_TD: jax.Array, b_TD: jax.Array) -> jax.Array:
 
 
 def scale(x_TD: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiplies `x_TD` by a scalar, or each row by a factor of its own; rounds only once.
+    """Multiplies `x_TD` by one scalar, or by one factor per row; rounds only once.
 
     Args:
       x_TD: array of shape [T, D] or [T].

@@ -2,10 +2,10 @@
 
 For a block of T rows, the devices of the mesh axis exchange these numbers:
 
-    2 T  maxima of the rows, for student and teacher
-    7 T  sums of exponentials, sums of exponentials times logarithms, logits of the sampled tokens
-    3 T  sums of e, sums of b, clipped mass
-    T D  gradient of the states (exchanged by `chunked`)
+    2 · T  maxima of the rows, for student and teacher
+    7 · T  sums of exponentials, sums of exponentials times logarithms, logits of the sampled tokens
+    3 · T  sums of e, sums of b, clipped mass
+    T · D  gradient of the states (exchanged by `chunked`)
 """
 
 from typing import NamedTuple
@@ -24,8 +24,9 @@ class VocabularyShard(NamedTuple):
 
     Attributes:
       axis: the mesh axis that splits the vocabulary; None if every device has the whole vocabulary.
-      entries: number of real entries in the whole vocabulary; the rows of a head after the last
-        real entry are padding. None means that no row is padding, and is used only with kernels.
+      entries: number of real entries in the whole vocabulary. The rows of a head after the last
+        real entry are padding. None means that no row is padding; only tests and benchmarks of the
+        kernels pass None.
     """
 
     axis: str | None
@@ -78,8 +79,8 @@ def score_shard_block(
       axis: the mesh axis that splits the vocabulary.
 
     Returns:
-      The statistics, which are equal on all devices, and this device's part [T, V] of the logits'
-      gradient.
+      The statistics, and this device's part [T, V] of the logits' gradient. The statistics are
+      equal on all devices.
     """
     tokens_T, _, logp_old_T, logp_rollout_T = inputs
     factor, sampling = 1 / settings.temperature, 1 / settings.sampling_temperature

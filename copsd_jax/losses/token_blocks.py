@@ -14,7 +14,7 @@ Let T be the number of rows, and f the fraction of live rows. Three alternatives
 - Compile n programs for n different numbers of rows. Such a program needs no loop, but computes up
   to a fraction f + 1 / n of all rows. With blocks, the computed fraction is at most f + (rows per
   block) / T.
-- Copy the live states before the loop. The copy has T D values, which must be written and read
+- Copy the live states before the loop. The copy has T · D values, which must be written and read
   again. With blocks, each block gathers its own rows, and a single gather puts all results back in
   order.
 """
@@ -116,7 +116,7 @@ def gather_head(head_VD: jax.Array, split_vocabulary: bool) -> jax.Array:
     """Gathers a head [V, D] into the form in which `spread` gives it to the devices.
 
     Call this function before a loop around `spread`; otherwise `spread` gathers the head in every
-    iteration. Until its last use, the gathered head takes the memory of V D / n values on each
+    iteration. Until its last use, the gathered head takes the memory of V · D / n values on each
     device, where n is the number of devices that split the vocabulary.
     """
     axes = find_axes(split_vocabulary)

@@ -12,7 +12,7 @@ Divergence = divergences.Divergence
 
 
 class TokenInputs(NamedTuple):
-    """Inputs of the divergence besides hidden states, [T] each; the inputs have no gradient.
+    """Inputs of the divergence other than hidden states, [T] each; the inputs have no gradient.
 
     Attributes:
       tokens_T: int32 ids of the sampled tokens in the whole vocabulary.
@@ -27,7 +27,9 @@ class TokenInputs(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token, float32 [T], in nats, without gradient; 0 if a row is not live.
+    """Statistics of each token, float32 [T], without gradients; 0 for rows that are not live.
+
+    Values, log-probabilities and entropies are in nats.
 
     Attributes:
       value_T: the token's loss before weighting, which is the clipped divergence times `ratio_T`.

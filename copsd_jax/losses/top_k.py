@@ -1,7 +1,8 @@
 """Restricts student and teacher to the k most probable entries, with or without a tail.
 
 If `tail` is set, one more entry represents all ids outside the kept set N. The tail's probability
-is r = 1 - Σ_N p. Each id u outside N gets a share of the tail's gradient: dz_u = (p_u / r) dz_tail.
+is r = 1 - Σ_N p. Each id u outside N gets the share p_u / r of the tail's gradient, so that
+dz_u = (p_u / r) · dz_tail.
 """
 
 import math
@@ -47,9 +48,10 @@ def restrict(
     best: TopK,
     settings: divergences.Divergence,
 ) -> tuple[distributions.Distribution, jax.Array | None]:
-    """Restricts one side to the kept entries; then renormalises them or adds a tail as last column.
+    """Restricts one side to the kept entries; then renormalises the entries or adds a tail column.
 
-    The second occurrence of an id gets p = 0 and log = 0 on both sides, so it contributes nothing.
+    The tail is the last column. The second occurrence of an id gets p = 0 and log = 0 on both
+    sides, so that an id contributes only once.
 
     Args:
       logits_TV: logits of the side, divided by the loss temperature.

@@ -58,7 +58,7 @@ _expand_adapter.defvjp(_expand_forward, _expand_backward)
 
 
 class Projection(nn.Module):
-    """A linear layer, `y = x W + bias + (x a scale) b`; all products are computed in `dtype`.
+    """A linear layer, `y = x @ W + bias + (x @ a * scale) @ b`, with all products in `dtype`.
 
     Base and adapter leaves may be stored in any dtype, and are cast to `dtype` for the products. In
     a bfloat16 model, the float32 adapter is rounded to bfloat16 for the products, and the adapter's
@@ -108,7 +108,7 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
     """Creates a float32 adapter: `a` is uniform in ±1/sqrt(in), as in PEFT, and `b` is zero.
 
     Args:
-      config: gives the number of layers and the widths of the projections.
+      config: object with the number of layers and the widths of the projections.
       rank: rank of the adapter, R.
       targets: names of projections in TARGETS.
       key: random key.
@@ -135,7 +135,7 @@ def init_adapter(config: LayerShapes, rank: int, targets: Sequence[str], key: ja
 
 
 def merge_adapter(params: dict, adapter: dict, scale: float) -> dict:
-    """Adds an adapter to the base weights: computes `kernel + a b scale` in float32.
+    """Adds an adapter to the base weights: computes `kernel + (a @ b) * scale` in float32.
 
     Args:
       params: tree of base weights; this tree is not changed.

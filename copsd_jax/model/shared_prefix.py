@@ -1,4 +1,4 @@
-"""Keys and values of a shared prefix: the tokens that all prompts begin with."""
+"""Keys and values of a shared prefix, which consists of the tokens that all prompts begin with."""
 
 from collections.abc import Sequence
 

@@ -120,8 +120,9 @@ class Stream:
 
     Without a cache, a token attends to tokens of its own segment and of its parent segment
     (`parents_BL`), up to and including its own index in the row. The docstring of
-    attention/visibility.py shows an example. Segment 0 is padding: no other segment sees its
-    tokens. The hidden states of padding are 0, and no gradient flows through them.
+    attention/visibility.py shows an example. The tokens of segment 0 are padding, and tokens of
+    other segments do not see padding. The hidden states of padding are 0, and no gradient flows
+    through these hidden states.
 
     With a cache, a row has one token (L = 1), and B is the number of slots. The token of a slot is
     written at index `position - P` of the slot, and attends to the slot's entries up to and
@@ -173,11 +174,11 @@ class Output(NamedTuple):
 def compute_llama3_factors(scaling: RopeScaling, frequency: np.ndarray) -> np.ndarray:
     """Returns the factors, float64 [H/2], by which Llama 3's scaling multiplies the frequencies.
 
-    The factor depends on the number of full turns that a pair of dimensions makes over the original
-    context length. If a pair makes more than `high_freq_factor` turns, the pair's frequency does
-    not change. If a pair makes fewer than `low_freq_factor` turns, the pair's frequency is divided
-    by `factor`. If the number of turns is between these two limits, `low_freq_factor` and
-    `high_freq_factor`, the factor is interpolated.
+    The factor of a frequency depends on the number of full turns that the frequency's pair of
+    dimensions makes over the original context length. If a pair makes more than `high_freq_factor`
+    turns, the pair's frequency does not change. If a pair makes fewer than `low_freq_factor` turns,
+    the pair's frequency is divided by `factor`. If the number of turns is between `low_freq_factor`
+    and `high_freq_factor`, the factor of the frequency is interpolated.
 
     Args:
       scaling: the constants of the scaling.
@@ -263,7 +264,7 @@ class Layer(nn.Module):
 
     Attributes:
       config: config of the model.
-      dtype: type of all products and of the hidden states.
+      dtype: dtype of all products and of the hidden states.
       block: number of queries per block of row attention.
       decode: name of the implementation of decode attention.
       attention: name of the implementation of row attention.
@@ -342,7 +343,7 @@ class Layer(nn.Module):
         q = _apply_rope(q.astype(jnp.float32), angle_BLE) * jnp.float32(c.head_dim**-0.5)
         k = _apply_rope(k.astype(jnp.float32), angle_BLE)
         k = k.astype(self.dtype)
-        # From here on, there are K r key heads, each with M / r queries; r is key_repeats.
+        # From here on, there are K · r key heads with M / r queries each; r is key_repeats.
         if self.key_repeats > 1:
             repeat = lambda x: jnp.repeat(x, self.key_repeats, axis=2)  # noqa: E731
             k, v = (sharding.constrain_heads(repeat(x)) for x in (k, v))

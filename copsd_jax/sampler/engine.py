@@ -58,7 +58,7 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
 UNSTACK_FROM = 2**20  # bytes per layer; for smaller layers, `unstack_layers` saves no time
-INSERT_BLOCK = 64  # number of entries that `insert` copies at once; a slot has this many in reserve
+INSERT_BLOCK = 64  # number of entries that `insert` copies at once; a slot has 64 spare entries
 
 
 class LayerWeights(NamedTuple):
@@ -178,8 +178,8 @@ def init_slot_state(
     Args:
       decoder: the model, which determines the shapes.
       slots: J, the number of slots.
-      length: A, the number of cache entries per slot; must be enough for the longest prompt and its
-        completion.
+      length: A, the number of cache entries per slot. A slot must have enough entries for the
+        longest prompt and the prompt's completion.
       dtype: dtype of keys and values, which may be int8.
     """
     c = decoder.config
@@ -455,8 +455,8 @@ def _draw(
     drawn_J = slots.drawn_J + one_J
     ended_J = constants.stop_XV[request.stop, token_J] | (drawn_J >= request.limit)
     # NaN or +inf in a row of logits makes the sum of the row's probabilities NaN or infinite, and a
-    # row without finite logits has the peak -inf. Of all rows, only such rows get a log-probability
-    # that is not finite, so no pass over the logits is needed to find them.
+    # row without finite logits has the peak -inf. In exactly these rows, the log-probability is not
+    # finite. Therefore, these rows are found without another pass over the logits.
     ended_J |= ~jnp.isfinite(values[1])
     drawn = tuple(
         into_JE.at[:, step].set(jnp.where(live_J, value_J, into_JE[:, step]))

@@ -28,8 +28,8 @@ class HandOver:
 
     Args:
       devices: the mesh that trainer and sampler share.
-      frozen: weights that never change, so they are copied only once. Other weights are copied at
-        each call.
+      frozen: weights that never change. The frozen weights are copied only once; other weights are
+        copied at each call.
       key_heads: K, the model's number of key heads; see `sharding.partition_spec`.
       merge: whether to merge the adapter into a copy of the base.
       int8: whether to quantise projections with `lora.quantise_projections`.
@@ -88,6 +88,6 @@ def _convert_for_sampler(params: Any, adapter: Any = None, *, scale: float, int8
 
 @functools.lru_cache
 def _program(scale: float, int8: bool, leaves: tuple, tree: Any) -> Any:
-    """Returns `_convert_for_sampler`, jitted for the given shardings; later phases reuse it."""
+    """Returns `_convert_for_sampler`, jitted for the given shardings; the result is cached."""
     convert = functools.partial(_convert_for_sampler, scale=scale, int8=int8)
     return jax.jit(convert, out_shardings=jax.tree.unflatten(tree, leaves))

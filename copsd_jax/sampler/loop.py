@@ -185,7 +185,7 @@ def _sample_all(inputs: request.Inputs, progress: Progress, done: Done) -> Resul
     while waiting.texts or any(prefilled) or serving:
         state = _insert_prefilled(inputs, state, prefilled, serving)
         # Texts are inserted into their slots before the next prefill. Therefore, at most two
-        # prefill results are in memory at a time, whatever the number of slots.
+        # prefill results are in memory at a time, no matter how many slots there are.
         while waiting.texts and len(serving) < slots:
             prompt_tokens += _prefill_row(inputs, waiting, prefilled, serving)
             state = _insert_prefilled(inputs, state, prefilled, serving)
@@ -248,7 +248,8 @@ def _prefill_row(
         if prefilled[r] or not wanted or not waiting.texts:
             continue
         for prompt, rows in waiting.take(wanted, inputs.settings.pack):
-            # With a single shard, all samples of a prompt share one prefill, whatever their number.
+            # With a single shard, all samples of a prompt share one prefill, even if there are more
+            # than `wanted` samples.
             room = max(1, wanted - sum(len(rows) for _, rows in taken[r]))
             keep = rows if shards == 1 else rows[:room]
             if rows[len(keep) :]:
@@ -314,7 +315,7 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
 def _append_drawn_tokens(
     inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
-    """Appends a slot's new tokens, up to the end of a stop string; returns the number appended."""
+    """Appends a slot's new tokens, up to the end of a stop string; returns the number of tokens."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
     end, text.tail = request.find_stop_string(
         text.tail, drawn.token_JE[slot, columns].tolist(),
@@ -436,8 +437,8 @@ def compile_programs(
             programs.append(_insert_program(inputs, state, output, entry))
         args = _to_abstract(inputs, (np.zeros(slots, bool), np.int32(0)))
         programs.append(_decode_program(inputs, state, *args))
-        # Two prefill results are counted: one result waits for free slots while the next is
-        # computed.
+        # Two prefill results are counted, because one result waits for free slots while the next
+        # result is computed.
         temporary = max(program.temporary for program in programs)
         temporary += 2 * sharding.count_device_bytes(output)
         check_memory(inputs, temporary, memory)

@@ -27,7 +27,11 @@ Prompt = tuple[int, ...]
 
 
 class Placement(NamedTuple):
-    """Place of a prompt in a row: its first `split` tokens begin at `start`, the rest at `own`."""
+    """Place of a prompt in a row.
+
+    The prompt's first `split` tokens begin at index `start` of the row. The prompt's other tokens
+    begin at index `own` of the row.
+    """
 
     start: int
     split: int
@@ -134,8 +138,8 @@ def pack_row(prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, dict[Pr
 
 def count_fitting(waiting: Sequence[Prompt], width: int) -> int:
     """Returns the largest n such that the first n distinct prompts fit into `width` tokens."""
-    # A row with more prompts needs at least as many tokens, so bisection can find the largest
-    # number of prompts that fits.
+    # Adding a prompt to a row never lowers the number of tokens in the row, so bisection can find
+    # the largest number of prompts that fits.
     # If the lengths of prompts add up to at most `width`, the prompts fit, because sharing can only
     # save tokens.
     lengths = itertools.accumulate(map(len, waiting))

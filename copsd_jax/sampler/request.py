@@ -110,7 +110,7 @@ def derive_sampling_keys(
       seed: the run's seed.
       purpose: a key of PURPOSES.
       step: the training step.
-      row_ids: for each of the n samples, the id of its problem.
+      row_ids: ids of the samples' problems, one id for each of the n samples.
       samples: n sample numbers, which distinguish samples of the same problem.
 
     Returns:
@@ -360,12 +360,12 @@ def _check_sampling(sampling: Sampling, vocabulary: Vocabulary) -> None:
     if sampling.stop and (count > size or vocabulary.valid_V[count:].any()):
         raise ValueError(
             f"stop is {sampling.stop!r}: token_bytes must have the bytes of every valid id, "
-            f"and at most {size} entries; it has {count}"
+            f"and at most {size} entries; token_bytes has {count}"
         )
 
 
 def check_lengths(texts: Sequence[Text], most: int, room: str, shared: int = 0) -> None:
-    """Checks the greatest length of each text, with the shared prefix, against the limit `most`.
+    """Checks that no text, together with the shared prefix, can become longer than `most` tokens.
 
     Raises:
       ValueError: a text may exceed the limit; the message ends with the explanation `room`.

@@ -1,15 +1,15 @@
 """Drawing a token from logits: first temperature, then top-k, top-p and min-p, in this order.
 
 Dividing the logits by the temperature gives the tempered distribution. The tempered distribution
-covers all ids of the model, as in the trainer. Then ids that the tokenizer lacks are excluded.
-Three truncations follow, and each of them renormalises the probabilities of the tokens that it
-keeps.
+covers all ids of the model, as in the trainer. After tempering, the ids that the tokenizer lacks
+are excluded. Then three truncations follow. Each truncation renormalises the probabilities of the
+tokens that the truncation keeps.
   `top_k` keeps exactly k tokens. Among equal logits, lower ids come first.
   `top_p` keeps the most probable tokens until their mass, renormalised after top_k, reaches p. The
     token that crosses p is kept, and so is every token with exactly the same probability.
   `min_p` keeps tokens that are at least min_p times as probable as the most probable token.
-    Renormalising does not change the ratio of two probabilities, so min_p needs a single
-    threshold, whichever tokens were removed before.
+    Renormalising does not change the ratio of two probabilities. Therefore, the threshold of min_p
+    does not depend on the tokens that top_k and top_p have removed.
 The most probable token survives each truncation. Temperature 0 means greedy sampling. For greedy
 rows, the tempered distribution has temperature 1. The truncated distribution of a greedy row puts
 all mass on the token with the largest logit. If several tokens have the largest logit, the token
@@ -38,7 +38,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # tokens per block: a TPU's lane count, and about the square root of a vocabulary size
+# Number of tokens per block. 128 is the number of lanes of a TPU, and about the square root of a
+# vocabulary size.
+BLOCK = 128
 FINE = 8  # tokens per finer block; the best blocks are divided into finer blocks
 LEAST_CAP = 16  # minimum of `cap`; a smaller top_k costs the same and uses the same program
 _TINY = 0x00800000  # bits of the smallest normal float32
@@ -221,8 +223,8 @@ def _draw_from_vocabulary(
     if floor_J1 is None:
         noisy_Jb = value_Jb + noise_JX[:, :BLOCK]
     else:
-        # The weights are computed a second time, and rounding may lower them below the threshold.
-        # The chosen block has mass, so at least its best token is kept.
+        # The weights are computed a second time here, so rounding may lower a weight below the
+        # threshold. The chosen block contains a kept token, so the block's best token is kept.
         edge_Jb = value_Jb == jnp.max(value_Jb, axis=-1, keepdims=True)
         kept_Jb = (jnp.exp(value_Jb - peak_J1) >= floor_J1) | edge_Jb
         noisy_Jb = jnp.where(kept_Jb, value_Jb, -jnp.inf) + noise_JX[:, :BLOCK]
@@ -350,8 +352,8 @@ def _nucleus(weight_JX: jax.Array, top_p_J1: jax.Array) -> jax.Array:
     """Returns a threshold [J, 1]: top-p keeps tokens of at least this weight; 0 if top_p is off.
 
     The threshold is found by bisection over bit patterns: the bits of positive float32 numbers have
-    the same order as the numbers. The tokens with weights of at least `low` always have enough
-    mass for top-p; the tokens with weights of at least `high` never have enough. A row is settled
+    the same order as the numbers. The tokens with weights of at least `low` always have enough mass
+    for top-p. The tokens with weights of at least `high` never have enough mass. A row is settled
     if at most one token's weight lies between `low` and `high`. A row is also settled if no float32
     number lies between `low` and `high`. Further steps for other rows do not change which tokens a
     settled row keeps.

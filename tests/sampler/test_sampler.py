@@ -575,7 +575,7 @@ def test_no_prompts():
         ({"keys": np.zeros((3, 2), np.uint32)}, "keys are uint32"),
         (
             {"sampling": request.Sampling(3, stop=("a",)), "token_bytes": [b"a"]},
-            "of every valid id, and at most 300 entries; it has 1",
+            "of every valid id, and at most 300 entries; token_bytes has 1",
         ),
     ],
 )

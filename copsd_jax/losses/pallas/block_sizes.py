@@ -28,8 +28,8 @@ class Blocks:
     """Sizes of the blocks and tiles of a sweep.
 
     Attributes:
-      tokens: number of tokens per block. Temporary arrays have `tokens` rows, whatever the number
-        of tokens in a sweep. On a TPU, `tokens` is a multiple of `rows`.
+      tokens: number of tokens per block. Temporary arrays have `tokens` rows, no matter how many
+        tokens a sweep has. On a TPU, `tokens` is a multiple of `rows`.
       vocab: width of a vocabulary tile; a multiple of 128 on a TPU, and a power of two on a GPU.
       rows: number of rows that one grid step works on; a multiple of 128 on a TPU, and unused on a
         GPU.
@@ -43,7 +43,7 @@ class Blocks:
 
 
 SMALLEST = hardware.Chip(0, 0, 8e9, 16 * MIB)  # smallest memory and VMEM of any chip (TPU v2)
-SPARE_VMEM = 14 * MIB  # most bytes that blocks leave for spilled registers and the compiler
+SPARE_VMEM = 14 * MIB  # maximum number of bytes left free for spilled registers and the compiler
 STORED_SHARE = 1 / 8  # share of a TPU's memory that a block's stored entries may take
 GPU_BYTES = 0.8e9  # number of bytes that a block's logits and dz may take
 
@@ -134,7 +134,7 @@ def choose_gpu(
 
 
 def kept_bytes(dtype: jnp.dtype) -> int:
-    """Returns the bytes of the two numbers that an entry stores on a TPU: 8 in float32, else 4."""
+    """Returns how many bytes an entry's two stored numbers take on a TPU: 8 in float32, else 4."""
     return 8 if jnp.dtype(dtype) == jnp.float32 else 4
 
 
@@ -162,7 +162,7 @@ def divide_rows_evenly(tokens: int, most: int, unit: int) -> int:
 
 
 # --- cost of the TPU's passes ---------------------------------------------------------------------
-# The cost of a grid step includes all bytes that the step moves, except those that the previous
+# The cost of a grid step includes all bytes that the step moves, except bytes that the previous
 # step already loaded. Partial tiles count as whole tiles.
 
 

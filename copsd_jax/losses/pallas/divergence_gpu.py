@@ -18,8 +18,8 @@ For example, let T = 8192, D = 4096 and V = 151,936, so that T · V = 1.24e9. Th
 bfloat16, and the GPU is an H200 (989 TFLOP/s, 4.8 TB/s). At the peak rate, the three matmuls take
 30.9 ms. Moving the bytes of all T · V entries takes 7.3 ms for forward KL (28 bytes per entry), and
 9.3 ms for divergences that need Σb (36 bytes per entry). In total, forward KL takes 1.24 times as
-long as the three matmuls alone, and divergences that need Σb take 1.30 times as long. With measured
-times of the matmuls, both ratios are closer to 1, because no matmul reaches the peak rate.
+long as the three matmuls alone, and divergences that need Σb take 1.30 times as long. No matmul
+reaches the peak rate. With measured times of the matmuls, both ratios are therefore closer to 1.
 
 Letters in array names: I is the number of vocabulary tiles, T the number of tokens per block, and U
 the width of a tile.

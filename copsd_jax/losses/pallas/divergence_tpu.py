@@ -1,29 +1,32 @@
 """The divergence over the whole vocabulary on a TPU (Mosaic), with three matmuls per token.
 
-One matmul with T tokens, width D and vocabulary V takes 2TDV FLOP. At least three matmuls are
-needed: the student's logits, the teacher's logits, and the gradient of the hidden states. The
+One matmul with T tokens, width D and vocabulary V takes 2 · T · D · V FLOP. At least three matmuls
+are needed: the student's logits, the teacher's logits, and the gradient of the hidden states. The
 head's gradient needs a fourth matmul. The floor is the time that the needed matmuls take at the
 chip's peak rate.
 
 For JSD, reverse KL and the element clip, both log-sum-exps must be known before any gradient is
-computed, and Σb must be known before dz = b - p Σb is computed. The log-sum-exps and Σb can be
-computed in several ways. The table gives the cost of each way for T = 32,768, D = 2048 and V =
-151,936 in bfloat16; T · V is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and 66.6 ms
-on v6e.
+computed, and Σb must be known before dz = b - p · Σb is computed. The log-sum-exps and Σb can be
+computed in several ways. The list gives the cost of each way for T = 32,768, D = 2048 and
+V = 151,936 in bfloat16; T · V is then 4.98e9. For these sizes, the floor is 310.6 ms on v5e and
+66.6 ms on v6e.
 
-    logits computed again     5 matmuls: 1.67 floors
-    float32 logits stored     16 bytes per entry, 24 with Σb: 80 or 119 GB; JSD 1.47 floors on v5e
-    bfloat16 logits stored    8 or 12 bytes; loses p - q where p and q are close
-    32 bits per entry (here)  8 or 12 bytes: 40 or 60 GB
+- The logits are computed again. Five matmuls take 1.67 floors.
+- The logits are stored in float32. A sweep moves 16 bytes per entry (80 GB), or 24 bytes per entry
+  (119 GB) if Σb is needed. On v5e, JSD takes 1.47 floors.
+- The logits are stored in bfloat16. A sweep moves 8 or 12 bytes per entry. The difference p - q is
+  lost where p and q are close.
+- Each entry is stored in 32 bits, as in this file. A sweep moves 8 or 12 bytes per entry (40 or
+  60 GB).
 
 In addition, passes 1 and 3 each read the head once per block of N tokens. Both passes together read
-2 · T/N · VD · 2 bytes of the head: 10 GB for N = 4096, or 20 GB for N = 2048. The estimated time of
-a sweep is the number of FLOP divided by the chip's peak, plus the number of bytes divided by the
-bandwidth. The estimate assumes that vector work overlaps with the work of the matrix unit. On v5e,
-N is 2048, because v5e has only 16 GB of HBM; on v6e, N is 4096. By this estimate, forward KL
-takes 1.24 times as long as the needed matmuls alone on v5e, and 1.47 times as long on v6e. JSD and
-clipped divergences take 1.32 times as long as the needed matmuls alone on v5e, and 1.66 times as
-long on v6e. HBM holds the stored entries [N, V] of only one block at a time, whatever T is.
+2 · (T / N) · V · D · 2 bytes of the head: 10 GB for N = 4096, or 20 GB for N = 2048. The estimated
+time of a sweep is the number of FLOP divided by the chip's peak, plus the number of bytes divided
+by the bandwidth. The estimate assumes that vector work overlaps with the work of the matrix unit.
+On v5e, N is 2048, because v5e has only 16 GB of HBM; on v6e, N is 4096. By this estimate, forward
+KL takes 1.24 times as long as the needed matmuls alone on v5e, and 1.47 times as long on v6e. JSD
+and clipped divergences take 1.32 times as long as the needed matmuls alone on v5e, and 1.66 times
+as long on v6e. HBM holds the stored entries [N, V] of only one block at a time, for every T.
 
 In each row of a tile, m_s and m_t are the maxima of the student's and of the teacher's logits. An
 entry is stored as two numbers relative to m_s and m_t. The first number is the larger of
@@ -55,7 +58,7 @@ from jax.experimental.pallas import tpu as pltpu
 from copsd_jax.losses import distributions, divergences, precision, split_vocabulary, token_values
 from copsd_jax.losses.pallas import block_sizes, row_statistics
 
-STRIP = 16  # rows per step of elementwise work; few enough to keep the values in registers
+STRIP = 16  # number of rows per step of elementwise work; so few that values stay in registers
 
 
 def sweep(
@@ -225,8 +228,8 @@ def _load_both_distributions(
 ) -> list[distributions.Distribution]:
     """Computes both sides' distributions of a strip from stored entries and row coefficients.
 
-    ln p is subtracted from both logarithms, so the student's logarithms are 0. This is harmless,
-    because divergences use only the difference of the two logarithms.
+    ln p is subtracted from both logarithms, so the student's logarithms are 0. The subtraction is
+    harmless, because divergences use only the difference of the two logarithms.
     """
     stored = tuple(ref[strip, :] for ref in stored_refs)
     larger, gap = stored if len(stored) == 2 else unpack(stored[0])

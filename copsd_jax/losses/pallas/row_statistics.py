@@ -50,8 +50,8 @@ Sweep = split_vocabulary.Sweep
 class TilePartials(NamedTuple):
     """Statistics of one side for each row and tile, [I, T].
 
-    `top_IT` is the maximum of z/τ. With w = exp(z/τ - top), `sum_IT` is Σ w, and `moment_IT` is Σ w
-    (z/τ - top).
+    `top_IT` is the maximum of z/τ. With w = exp(z/τ - top), `sum_IT` is Σ w, and `moment_IT` is
+    Σ w · (z/τ - top).
     """
 
     top_IT: jax.Array
@@ -132,8 +132,8 @@ class Passes(NamedTuple):
 def needs_sums_pass(settings: Divergence, train_head: bool) -> bool:
     """Returns whether pass 3 needs sums that only pass 2 can provide.
 
-    Pass 3 needs at most two sums: Σb, which is needed unless it is 0 in closed form; and Σe, which
-    is needed only if a clip changes the head's gradient.
+    Pass 3 needs Σb, unless Σb is 0 in closed form. Pass 3 needs Σe only if a clip changes the
+    head's gradient.
     """
     if settings.divergence == "sampled":
         return False
@@ -156,7 +156,7 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
     """Combines the partial statistics of all tiles and shards.
 
     The result describes softmax(scale · z / τ). `sum_IT` must contain the sums of
-    `exp(scale (z/τ - top))`. The log-probability is ln p = scale (z/τ - top) - log. `scale`
+    `exp(scale · (z/τ - top))`. The log-probability is ln p = scale · (z/τ - top) - log. `scale`
     multiplies the difference z/τ - top, because scaling z/τ and top separately would round two
     large numbers, and lose the last digits of their difference.
     """
@@ -173,7 +173,7 @@ def join_softmax(partials: TilePartials, vocab_axis: str | None, scale: float = 
 
 
 def count_entries_here(shard: split_vocabulary.VocabularyShard, size: int) -> jax.Array:
-    """Returns as an int32 scalar how many of the `size` rows of this shard's head are real."""
+    """Returns how many of the `size` rows of this shard's head are real, as an int32 scalar."""
     if shard.entries is None:
         return jnp.full((), size, jnp.int32)
     entries = jnp.full((), shard.entries, jnp.int32)
@@ -315,7 +315,9 @@ def _sweep_block(
     settings, heads, axis, local_T = sweep.settings, sweep.heads, sweep.shard.axis, inputs.tokens_T
     size = heads[0].shape[0]
     here_1 = count_entries_here(sweep.shard, size)[None]
-    if axis is not None:  # the token's row in this shard's head; out of range if in another shard
+    if axis is not None:
+        # The result is the token's row in this shard's head. The result is out of range if the
+        # token belongs to another shard.
         local_T = local_T - split_vocabulary.first_entry(axis, size)
     stored, stats_I8T = passes.logits(here_1, hidden, heads)
     result, sides = join_logits_pass(sweep, stats_I8T, hidden, local_T)
