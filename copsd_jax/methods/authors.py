@@ -48,7 +48,7 @@ class AuthorText(NamedTuple):
       detail: one readable line with the reason for a failure. If the request was first refused and
         then answered, the line states the refusal. In all other cases, `detail` is "".
       shortened: the sections of the author's prompt that were cut to context.section_tokens.
-      seen: the attempt as shortened for the author's prompt; None if it was not shortened.
+      seen: the shortened attempt in the author's prompt; None if the attempt was not shortened.
     """
 
     text: str
@@ -117,7 +117,10 @@ def _sample_author_texts(r, state, asked: list[AuthorRequest], step: int) -> lis
 
 
 def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
-    """Returns None if the author is to be asked, otherwise an empty text with the reason."""
+    """Returns an empty text if the author is not asked, and None if the author is asked.
+
+    The status of the empty text says why the author is not asked.
+    """
     if prompt is None:
         return AuthorText("", "not_asked")
     held = plan.model_config.max_position
@@ -130,7 +133,7 @@ def _explain_unasked_author(prompt, plan: run_plan.Plan) -> AuthorText | None:
 def _shorten_attempt_for_author(
     plan: run_plan.Plan, attempt: contexts.Attempt, shortened: Sequence[str]
 ) -> str | None:
-    """Returns the attempt as shortened for an author's prompt; None if it is not shortened."""
+    """Returns the shortened attempt of an author's prompt; None if the attempt is not shortened."""
     if "attempt" not in shortened:
         return None
     return text_encoding.truncate_text(plan.tokenizer, attempt.text, plan.context.section_tokens)
@@ -207,7 +210,7 @@ def _read_author_text(
         attempt = dataclasses.replace(attempt, text=written.seen)
     # As in the published methods, some contexts read replies that were cut at author.max_tokens.
     # For other contexts, a cut reply is unusable even if its tags are complete, because the missing
-    # part may withdraw what the tags contain.
+    # part may contradict the content of the tags.
     reads_cut = contexts.get_author(settings).reads_cut(settings) and bool(written.text)
     if written.status == "written" or (written.status == "cut" and reads_cut):
         reply = contexts.read_reply(settings, attempt, written.text)

@@ -4,8 +4,8 @@
 
     x  the problem
     y  the completion, sampled from the student p with its current weights
-    c  the privileged context (`context.*`), if necessary written by the author of `author.*`
-    q  the teacher: the same network with the weights of `teacher.weights`, which also reads c
+    c  the privileged context (`context.*`); an author (`author.*`) writes some contexts
+    q  the teacher: the same network with the weights that `teacher.weights` selects; q also reads c
     D  the divergence with its clip (`divergence_loss.Divergence`)
     w  the weights of tokens (`tokens.*`), 0 at a token without loss
 
@@ -129,7 +129,7 @@ def _build_distilled_attempts(
 def _collect_author_replies(
     r, state, done: Rollouts, views, wanted, step: int
 ) -> list[replies.Reply]:
-    """Returns a reply per completion: the author's, or `FILTERED` if no reply is wanted."""
+    """Returns the author's reply for each completion, or `FILTERED` if no reply is wanted."""
     asked = [
         authors.AuthorRequest(views[i], done.samples[i], verdict.answer if verdict else None)
         for i, verdict in enumerate(done.verdicts)

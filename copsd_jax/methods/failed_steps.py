@@ -2,8 +2,8 @@
 
 The results are completions, replies and rewards. A failed step is skipped: no token carries loss,
 so weights and optimizer stay as they were. The metric `failed` counts the failed steps.
-`runtime/bad_steps.py` decides when failed steps stop a run. An evaluation whose samples were lost
-for the same reasons is refused.
+`runtime/bad_steps.py` decides when failed steps stop a run. An evaluation is refused if more than
+half of its samples were lost.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from copsd_jax.training import layout
 
 # Statuses of completions for which no reply was requested.
 _NOT_REQUESTED = ("none", "filtered", "not_asked")
-# How completions are lost, in words.
+# Descriptions of the ways in which completions are lost.
 _LOST = {
     "failed": "failed",
     "nonfinite": "have logits that are not finite",
@@ -32,7 +32,10 @@ def find_failure_cause(status: str, detail: str) -> str:
 
 
 def is_majority_lost(lost: int, total: int) -> bool:
-    """Returns whether more than half were lost, in which case the others do not count either."""
+    """Returns whether more than half of the results were lost.
+
+    If more than half were lost, the other results do not count either.
+    """
     return 2 * lost > total
 
 
@@ -43,7 +46,7 @@ def describe_lost_completions(
 
     Args:
       loss: how the completions were lost; see `find_failure_cause`.
-      details: the reason for each lost completion; "" if there is no more to say.
+      details: the reason for each lost completion; "" if no reason is known.
       total: the number of completions, lost or not.
       noun: the word for the completions.
     """
@@ -64,14 +67,14 @@ def drop_failed_loss(
     A step failed in each of these cases:
 
     1. The sampler's server failed for more than half of the completions.
-    2. The reward function gave no reward for more than half of the completions to grade.
+    2. More than half of the completions to grade got no reward from the reward function.
     3. The author is a server, and no reply is usable.
     4. The author is the student or the teacher, and the sampler's server failed for every reply.
 
     In cases 3 and 4, the policy loss can still be used, because it needs no reply. If tokens carry
     policy loss and the server did not refuse every request, only the distillation loss is dropped,
-    and the step did not fail. If the logits of more than half of the completions were not finite,
-    the step is bad. No part of the loss of a bad step is usable.
+    and the step does not count as failed. If the logits of more than half of the completions were
+    not finite, the step is bad. No part of the loss of a bad step is usable.
 
     Args:
       c: the settings of the run.
@@ -131,9 +134,9 @@ def _find_lost_author_replies(
     reason = replies.STATUSES[statuses[0]].meaning
     reason = f"{reason}; {again}" if again else details[0] or reason
     return bad_steps.Failure(
-        f"none of the {len(asked)} replies of {c[source].url} ({source}.url) could be used, the "
+        f"none of the {len(asked)} replies of {c[source].url} ({source}.url) could be used; the "
         f"first is {statuses[0]}: {reason}",
-        # A server that refused requests until they were changed, and then gave nothing usable, is
-        # treated like a server that refuses every request.
+        # A server may refuse requests until they are changed, and then give no usable reply. Such a
+        # server is treated like a server that refuses every request.
         refused=set(statuses) == {"refused"} or bool(again),
     )

@@ -4,7 +4,7 @@
     loss = mean over completions of mean_t of -min(rho A, clip(rho, 1 - low, 1 + high) A)
            + kl (exp(d) - d - 1),   d = ln p_0(y_t) - ln p(y_t),   rho = p(y_t) / p_old(y_t)
 
-    r    rewards; mean_G and std_G are taken over the group, the completions of one problem
+    r    rewards; mean_G and std_G are taken over the group (the completions of one problem)
     p    the student, p_0 the initial policy, p_old the policy of `policy.old`
     low, high, kl   `policy.clip_low`, `policy.clip_high`, `policy.kl`
 

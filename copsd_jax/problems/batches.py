@@ -25,7 +25,7 @@ def build_row_order(
         equal shares. A language with a share above 0 must have at least one row.
       seed: the seed of the run.
     """
-    import grain  # imported lazily: importing the package must not need grain
+    import grain  # imported lazily, so that the package can be imported without grain
 
     weights = tuple(weights) or (1.0,) * len(langs)
     parts, shares = [], []

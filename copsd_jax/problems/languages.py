@@ -1,12 +1,12 @@
 """The languages of problems and prompts: built-in languages, and additions by the user.
 
 Training, baselines and evaluation use the same registry of languages. A file of languages is a JSON
-object that maps codes to languages. Each code is in lower case, and each language has exactly the
-fields of `Language` without `code`:
+object that maps codes to languages. Each code is in lower case, and each language has all fields of
+`Language` except `code`, and no other fields:
 
     {"xx": {"name": "...", "aliases": [], "checked_by_speaker": false, "note": "", ...}}
 
-An unknown code raises an error; it is never replaced by English.
+An unknown code raises an error; English never takes the place of an unknown language.
 """
 
 import dataclasses

@@ -282,8 +282,8 @@ def _read_tfds(setting: str, path: str) -> list[Record]:
     if file_format != tfds.core.FileFormat.ARRAY_RECORD:
         found = getattr(file_format, "value", "another format")
         raise ValueError(
-            f"{setting} is {path!r}: it is stored as {found}, which needs TensorFlow to read; "
-            "prepare it with file_format='array_record'"
+            f"{setting} is {path!r}: reading the format {found} needs TensorFlow; "
+            "prepare the data set with file_format='array_record'"
         )
     try:
         _check_shards(builder.info.splits[split.partition("[")[0]])

@@ -81,7 +81,7 @@ def is_blank(value: object) -> bool:
 def convert_problem_field(name: str, value: object) -> str:
     """Converts a field's value to text in NFC without surrounding blanks.
 
-    An answer may also be a list of tool calls, each with an `Action`; its text is JSON.
+    An answer may also be a list of tool calls, each with an `Action`; the list becomes JSON text.
 
     Raises:
       UnusableValue: the value is missing, empty or not text.
@@ -146,7 +146,7 @@ def _read_first(record: Record, names: Sequence[str]) -> str:
 def _read_optional(record: Record, names: Sequence[str], needed: bool) -> str:
     """Reads a field with `_read_first`; returns "" if an optional field is absent or unusable.
 
-    An answer that is present must be usable, because it is read even if nothing needs it.
+    An answer that is present must be usable, because answers are read even if nothing needs them.
     """
     blank = all(is_blank(record.fields.get(name)) for name in names)
     try:
@@ -184,7 +184,7 @@ def _read_solution_and_answer(record: Record, needs: Sequence[str]) -> tuple[str
         solution = steps if solution in ("", answer) else solution
         answer = marked[1].strip()
     if not solution and "solution" in needs:
-        _read_first(record, ("solution",))  # raises the reason
+        _read_first(record, ("solution",))  # raises an error with the reason
         raise UnusableValue("solution is missing")
     return solution, answer
 
@@ -199,13 +199,13 @@ def _check_options(record: Record, problem: str) -> None:
 
 
 def _fold_problem_text(text: str) -> str:
-    """Returns a text with single blanks, and in lower case because True may be written "true"."""
+    """Converts a text to single blanks and lower case, so that "True" and "true" are equal."""
     return " ".join(text.casefold().split())
 
 
 def _list_options(name: str, value: Any) -> Iterator[str]:
     """Yields the texts of options, from a list, or from an object such as {"text": [...]}."""
-    pending = [value]  # no recursion, because JSON may be nested almost as deeply as Python allows
+    pending = [value]  # a list, because deeply nested JSON could exceed Python's recursion limit
     while pending:
         item = pending.pop()
         if isinstance(item, dict):

@@ -33,7 +33,7 @@ def has_leak(text: str, answer: str) -> bool:
     states 13, but "130" and "1.13" do not. An answer that is not a number must occur as whole
     words. Case is ignored, except in an answer of one letter: the answer "A" does not match the
     word "a". The function does not find numbers written as words, or formulas that equal the answer
-    but are written differently. If the answer is unknown (""), nothing is found.
+    but are written differently. If the answer is unknown (""), the function returns False.
     """
     return bool(_find_leaks(text, answer))
 
@@ -65,7 +65,7 @@ def _find_leaks(text: str, answer: str) -> list[tuple[int, int]]:
 def _find_leak_start(text: str, start: int) -> int:
     """Returns the index at which a number starts; a minus sign is part of the number.
 
-    A hyphen after a word, or a minus sign after an operand, is not part of the number after it.
+    A hyphen after a word, or a minus sign after an operand, is not part of the number.
     """
     before = text[max(start - 20, 0) : start].rstrip(" ")
     minus = before[-1:]

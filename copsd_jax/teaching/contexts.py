@@ -16,13 +16,13 @@ from copsd_jax.teaching import conversations, replies, rule_author, solution_ste
 from copsd_jax.teaching.conversations import Conversation, Section, Turn
 from copsd_jax.teaching.replies import Attempt, Reply
 
-# What a context may read besides the row; `methods.distill` provides these inputs.
+# The inputs that a context may read in addition to the row. `methods.distill` provides them.
 INPUTS = ("reply", "attempt", "siblings", "feedback", "other")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings that contexts read: some of `context.*`, and two of `parity.*`."""
+    """The settings that contexts read, from the sections `context` and `parity`."""
 
     kind: str
     problem_en: bool = True
@@ -38,16 +38,17 @@ class Author:
     """Describes how a context requests a text from an author, and how the author's reply is read.
 
     Attributes:
-      build_conversation: returns the conversation that the author completes, or None if there is
-        nothing to ask about an attempt.
-      read: reads the author's text about an attempt; the attempt is passed as it was shown to the
-        author.
+      build_conversation: returns the conversation that the author completes, or None if the author
+        is not asked about an attempt.
+      read: reads the author's text about an attempt. The author may have seen a shortened attempt;
+        the function then gets the shortened attempt.
       kinds: the allowed values of author.kind.
       reads_cut: tells whether a reply that was cut off at author.max_tokens is still read.
-      write_by_rule: writes the text by a rule (author.kind=grader), from an attempt and the answer
-        that the grader found in the attempt; None if no rule can write the text.
-      write_exemplar: returns the reply that is shown for an exemplar; None if exemplars have no
-        reply.
+      write_by_rule: writes the text by a rule (author.kind=grader). The rule reads an attempt, and
+        the answer that the grader found in the attempt. `write_by_rule` is None if no rule can
+        write the text.
+      write_exemplar: returns the reply that is shown for an exemplar. `write_exemplar` is None if
+        exemplars have no reply.
     """
 
     build_conversation: Callable[[Settings, Attempt], Conversation | None]
@@ -67,11 +68,11 @@ class Context:
         teach about an attempt. A completion without a conversation carries no loss.
       row_fields: returns the names of the fields that a row must have.
       inputs: returns the members of `INPUTS` that the context reads.
-      author: the text that an author writes; None if the context needs no author.
-      settings: the names of the settings that this context reads, without those that all contexts
-        read.
-      locates_error: whether replies can name an error; tokens.select=from_error and
-        tokens.select=error_step need such replies.
+      author: describes the text that an author writes; None if the context needs no author.
+      settings: the names of the settings that this context reads, except the settings that all
+        contexts read.
+      locates_error: whether a reply can say where the attempt has an error. The values from_error
+        and error_step of tokens.select need such replies.
     """
 
     build_conversation: Callable[[Settings, Attempt, Reply], Conversation | None]
@@ -132,7 +133,7 @@ def _show_nothing(settings: Settings, attempt: Attempt, reply: Reply) -> Convers
 
 
 def _show_sibling(settings: Settings, attempt: Attempt, reply: Reply) -> Conversation | None:
-    """Builds SDPO's re-prompt; shows a sibling if one succeeded, and feedback if it is allowed."""
+    """Builds SDPO's re-prompt from a successful sibling and the feedback that is allowed."""
     sibling = attempt.sibling
     wanted = {"never": False, "always": True, "without_sibling": not sibling}[settings.feedback]
     feedback = attempt.feedback if wanted else ""
@@ -343,7 +344,7 @@ def read_reply(settings: Settings, attempt: Attempt, text: str) -> Reply:
 
 
 def join_privileged_text(settings: Settings, attempt: Attempt, reply: Reply) -> str:
-    """Joins the texts that only the teacher is shown, with line breaks between the texts.
+    """Joins the texts that the teacher sees and the student does not see, with line breaks.
 
     The joined texts are solutions, English problems, sibling completions, and texts written by
     graders or authors.

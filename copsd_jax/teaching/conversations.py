@@ -17,7 +17,7 @@ class Section(NamedTuple):
     """A part of a turn."""
 
     kind: str  # a key of `PLAIN`
-    text: str = ""  # the text to show, unless the text comes from a row
+    text: str = ""  # the text to show; "" if a row or the wording provides the text
     row: problem_row.Row | None = None  # the row to show; None for the prompt's own row
 
 

@@ -1,6 +1,6 @@
 """A parser of equations between numbers in a text.
 
-The parser evaluates numbers itself, so text written by a model is never executed.
+The parser computes all values itself, so text that a model has written is never executed.
 """
 
 import fractions
@@ -126,7 +126,7 @@ class _EquationReader:
         return self._row("+-")
 
     def _row(self, signs: str) -> _Value:
-        """Evaluates operands from left to right; they are joined by `signs` of equal precedence."""
+        """Evaluates operands that are joined by signs of equal precedence, from left to right."""
         read = self._operand if signs == "*/" else lambda: self._row("*/")
         value = read()
         while self.kind() == "sign":

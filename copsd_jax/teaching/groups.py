@@ -46,7 +46,7 @@ def choose_siblings(
 def choose_other_problems(
     pool: Sequence[problem_row.Row], rows: Sequence[problem_row.Row], seed: Sequence[int]
 ) -> list[problem_row.Row | None]:
-    """Chooses for each row another problem, in the same language but with a different answer.
+    """Chooses another problem for each row, in the same language but with a different answer.
 
     The context `other_problem` is a control: it measures the effect of a solution that does not
     belong to the row. Rows with the same id all get the same problem.

@@ -28,7 +28,7 @@ def load_train_rows(
         needs=(*needs, *_need_options(config)),
         limit=config.data.limit, registry=registry,
     )  # fmt: skip
-    if config_lib.traits(config).samples:  # other methods do not grade the training rows
+    if config_lib.traits(config).samples:  # methods without sampling grade no training rows
         reward_functions.check_gold_answers(
             config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path",
             needed="answer" in needs,
@@ -97,7 +97,7 @@ def _select_problem_field_map(path: str, fields: str) -> str:
 
 
 def _need_options(config: config_lib.Config) -> tuple[str, ...]:
-    """Returns ("options",) if reward.kind is choice: each problem must show its options."""
+    """Returns ("options",) if reward.kind is choice, because problems must show their options."""
     return ("options",) if config.reward.kind == "choice" else ()
 
 

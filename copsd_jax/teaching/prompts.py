@@ -24,7 +24,7 @@ from copsd_jax.teaching.conversations import Conversation, PromptFormat
 from copsd_jax.teaching.text_encoding import Tokenizer
 
 TEMPLATE_SECONDS = 10.0  # maximum CPU time of a chat template for one short conversation
-# A chat template may write ten times as many characters as its messages have, plus this number.
+# A chat template may write this number of characters, plus ten times the messages' length.
 TEMPLATE_CHARACTERS = 100_000
 
 
@@ -107,7 +107,7 @@ def _render_chat_template(
 
 
 def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
-    """Returns the message of an error for a chat template that cannot be used."""
+    """Returns the error message for a chat template that cannot be used."""
     said = " ".join(str(reason).split()) or type(reason).__name__
     return (
         f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} cannot be used: {said}; "
@@ -128,7 +128,7 @@ def _check_template_features(tokenizer: Tokenizer) -> None:
         try:
             tokens = list(jinja2.Environment().lex(template))
         except jinja2.TemplateSyntaxError:
-            continue  # the template engine of transformers will refuse it
+            continue  # transformers' template engine will refuse the template
         marks = [(kind, text) for _, kind, text in tokens if kind != "whitespace"]
         for before, mark in itertools.pairwise(marks):
             if mark == ("operator", "**") and before not in (("operator", "("), ("operator", ",")):
@@ -137,7 +137,7 @@ def _check_template_features(tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
-    """Raises a TimeoutError in the `with` block if the block's Python code computes too long."""
+    """Raises a TimeoutError if Python code in the `with` block uses too much CPU time."""
     former, end = sys.gettrace(), time.thread_time() + seconds
 
     def trace(frame: types.FrameType, *_: Any) -> Any:
@@ -197,11 +197,11 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
 
 @functools.cache
 def _write_prompt_date_macro(date: str) -> str:
-    """Returns a macro that makes `strftime_now` of a chat template give a fixed date, at midnight.
+    """Returns a macro that replaces a chat template's `strftime_now` and gives a fixed date.
 
-    transformers passes only plain data to a template, so the function that reads the clock can be
-    replaced only by a macro in front of the template. The newline after the macro is removed
-    by the template engine.
+    The time of the fixed date is midnight. transformers passes only plain data to a template, so
+    the function that reads the clock can be replaced only by a macro in front of the template. The
+    template engine removes the newline after the macro.
     """
     day = datetime.datetime.fromisoformat(date)
     codes = [sign + letter for letter in "aAbBcdeHIjmMpSUwWxXyY" for sign in ("%-", "%")]
@@ -262,14 +262,14 @@ def _build_chat_prompt(
     text = _render_chat_template(tokenizer, guarded, thinking, prompt_format.date)
     if text.count(guard.mark) != 1:
         raise ValueError("the chat template does not show each message exactly once")
-    # A template that quotes or measures a message would also show the mark in another form.
+    # If the template quotes or measures a message, the mark also changes other parts of the text.
     if text.replace(guard.mark, "") != plain:
         said = "it writes more about messages than their contents, for example their length"
         raise ValueError(_explain_template(tokenizer, said))
     state = _find_state(text, thinking)
     if thinking == "prefix":
-        # As in COPSD, the template enables thinking. The think block is opened here, unless the
-        # template has already opened a think block.
+        # As in COPSD, the template enables thinking. If the template has not opened a think block,
+        # the block is opened here.
         text += guard(opening) if state == "open" else "<think>\n" + guard(opening)
         state = "open"
     own = text.index(guard.mark)
@@ -328,7 +328,7 @@ def build_prompt(
     conversation: Conversation,
     exemplars: Sequence[tuple[Row, Conversation]] = (),
 ) -> Prompt:
-    """Builds a prompt: first the exemplars, then `conversation`, which is about `row`.
+    """Builds a prompt that contains the exemplars and, after them, the conversation about `row`.
 
     Args:
       tokenizer: the model's tokenizer.
@@ -372,8 +372,8 @@ def encode_target(
       prompt_format: the form of the student's prompts.
       row: the problem.
       stop: the stop strings (rollout.stop). In plain text, the first stop string ends the
-        completion. With the chat template, the end of a turn that the template writes ends the
-        completion. Otherwise, the tokenizer's end token ends the completion.
+        completion. With a chat template, the token that ends a turn in the template ends the
+        completion. If there is no such string or token, the tokenizer's end token is used.
       state: the state of the prompt. In the state "open", the target first closes the think block,
         because an answer inside a think block does not count.
 
@@ -416,7 +416,7 @@ def check_template_states(student: Prompt, teacher: Prompt, allow: bool) -> None
         raise ValueError(
             f"the student's completion starts in state {student.state!r} and the teacher's in "
             f"{teacher.state!r}: set prompt.thinking and teacher.thinking to the same value, or "
-            "set parity.template_mismatch=True if a published recipe needs it"
+            "set parity.template_mismatch=True if a published recipe has different states"
         )
 
 

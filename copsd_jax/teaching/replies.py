@@ -20,7 +20,7 @@ from copsd_jax.teaching import answer_leaks, step_checker
 class Status(NamedTuple):
     """An entry of `STATUSES`."""
 
-    usable: bool  # whether the teacher is shown the reply
+    usable: bool  # whether the reply is shown to the teacher
     meaning: str
 
 
@@ -36,7 +36,7 @@ STATUSES = {
     "no_step": Status(False, "the first wrong step is missing, superfluous or not in the attempt"),
     "bad_steps": Status(False, "no steps, or steps that are empty, unclosed or wrongly numbered"),
     "no_answer": Status(False, "no final answer"),
-    "prefix_changed": Status(False, "the right steps differ from those of the attempt"),
+    "prefix_changed": Status(False, "the reply changes the right steps of the attempt"),
     "quotes_error": Status(False, "the wrong step is quoted"),
     "thought": Status(True, "an analysis whose thinking never ends, so the thinking is shown"),
     "leak_dropped": Status(False, "the explanation states the final answer, and context.leak=drop"),

@@ -61,8 +61,8 @@ def write_exemplar_reflection(attempt: Attempt) -> replies.Reply:
     """Returns the reflection shown for an exemplar; the attempt is the exemplar's own solution.
 
     The reflection is the whole solution after the words "The step should be". The rule also begins
-    the correction of a wrong step with these words, so the prompts of exemplars look like those of
-    problems.
+    the correction of a wrong step with these words, so exemplars and problems have prompts of the
+    same form.
 
     Raises:
       ValueError: the rule cannot check the row's solution.

@@ -89,7 +89,7 @@ def check_attempt(
 
 
 def can_check(solution: str, gold: str | None = None) -> bool:
-    """Tells whether a solution has equations, all are true, and the last one gives `gold`."""
+    """Tells whether a solution has equations that are all true and end in the value `gold`."""
     return _find_solution_fault(solution, gold) is None
 
 
@@ -101,7 +101,7 @@ def _find_solution_fault(solution: str, gold: str | None) -> str | None:
         if not equation.true:
             return f"{solution[equation.start : equation.end]!r} is false"
     if gold is not None and comparison.compare_plainly(gold, str(needed[-1].value)) is not True:
-        return f"it ends in {needed[-1].value}, and the answer is {gold!r}"
+        return f"it ends in {needed[-1].value}, but the answer is {gold!r}"
     return None
 
 
@@ -111,7 +111,7 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
-    """Returns each equation, with the indices of the results that no earlier equation reaches.
+    """Returns each equation with the indices of the results that it is the first to reach.
 
     The set of indices is empty if earlier equations already reached the results. An equation whose
     value is not a needed result has None instead of a set of indices.

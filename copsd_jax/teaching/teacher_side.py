@@ -70,8 +70,8 @@ class TeacherSide:
           rows: the problems.
 
         Returns:
-          {"author": tokens} for an author that is the model, {"author_server": tokens} for a
-          server, and {} for other authors.
+          {"author": tokens} if the student or the teacher is the author, {"author_server": tokens}
+          if a server is the author, and {} for all other authors.
         """
         attempts, tokenizer = map(shortest_attempt, rows), self.tokenizer
         if kind in ("student", "teacher"):

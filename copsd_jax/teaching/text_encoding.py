@@ -20,7 +20,7 @@ Tokenizer = transformers.PreTrainedTokenizerFast
 
 
 def _explain_errors(tokenizer: Tokenizer) -> contextlib.AbstractContextManager[None]:
-    """Turns every error of the library `tokenizers` in the `with` block into one sentence."""
+    """Reports each error that `tokenizers` raises in the `with` block in one sentence."""
     return rust_errors.explain_rust_errors(
         f"the tokenizer in {tokenizer.name_or_path or 'this run'} fails at a text",
         "set model.tokenizer to another folder",
@@ -116,7 +116,7 @@ def _reserved_characters(tokenizer: Tokenizer) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4)
 def _normalizes_encoded_tokens(tokenizer: Tokenizer) -> bool:
-    """Returns whether added tokens are found in normalized text, in which other spellings match."""
+    """Returns whether the tokenizer normalizes a text before it looks for added tokens."""
     found = tokenizer.added_tokens_decoder.values()
     normalizer = tokenizer.backend_tokenizer.normalizer
     return normalizer is not None and any(token.normalized for token in found)
@@ -127,8 +127,8 @@ def _list_private_characters(used: Collection[str]) -> Iterator[str]:
     for first, last in ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD)):
         yield from (chr(code) for code in range(first, last + 1) if chr(code) not in used)
     raise ValueError(
-        "a prompt contains all of Unicode's private-use characters, but some must be unused, so "
-        "that they can mark special tokens: remove such characters from the data"
+        "a prompt contains all of Unicode's private-use characters, but unused ones are needed to "
+        "mark special tokens: remove private-use characters from the data"
     )
 
 

@@ -22,7 +22,7 @@ from copsd_jax.teaching.token_spans import Decoded
 # Each status says how the tokens were selected. If the quote is missing or not found,
 # tokens.on_failure decides which tokens are selected.
 STATUSES = (
-    *token_spans.STATUSES,  # the quote selects the tokens; if it is not found, on_failure does
+    *token_spans.STATUSES,  # the quote selects the tokens, or on_failure does if no quote is found
     "closest_step",  # on_failure=step uses the step that shares the most words with the quote
     "step",  # a critique gives the number of the first wrong step
     "right",  # all tokens, because the completion is right
@@ -42,7 +42,7 @@ class Settings:
 
 
 def import_span_function(select: str) -> Callable | None:
-    """Imports the span function that tokens.select names; returns None if it names no function.
+    """Imports the span function that tokens.select names; returns None if no function is named.
 
     The span function maps (problem, answer, reply) to spans [(start, end), ...] of characters in
     the answer. The argument `reply` of the span function is the text that the teacher is shown.

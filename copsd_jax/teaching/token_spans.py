@@ -1,9 +1,9 @@
 r"""Finds the characters and the tokens of a quoted error in a completion.
 
 A completion is decoded once, from the bytes of its sampled tokens. Each token keeps the span of the
-characters that its bytes belong to. Text is never encoded again, because BPE may split a prefix
-into tokens other than the sampled ones. ROSD's published code (arXiv 2605.28014) encodes a prefix
-again, and finds a wrong index if the tokens differ from the sampled ones.
+characters that its bytes belong to. BPE may split a prefix into tokens that differ from the sampled
+tokens, so text is never encoded again. ROSD's published code (arXiv 2605.28014) encodes a prefix
+again, and finds a wrong index if the new tokens differ from the sampled tokens.
 
     tokens      "3 +"   "\xc3"   "\xa9"   " = 8"        é is C3 A9, in two tokens
     characters   0 1 2    3        3        4 5 6 7

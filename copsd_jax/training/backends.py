@@ -73,8 +73,8 @@ def choose_row_attention(
 ) -> str:
     """Returns the implementation of row attention, a name in `row_attention.IMPLEMENTATIONS`.
 
-    Training, scoring and prefill use row attention. `auto` never chooses cudnn, because this
-    project has not run cudnn yet.
+    Training, scoring and prefill use row attention. This project has not run cudnn yet, so `auto`
+    never chooses cudnn.
 
     Args:
       c: the settings of the run.

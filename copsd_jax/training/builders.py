@@ -113,7 +113,7 @@ def check_row_budget(plan: run_plan.Plan) -> None:
     longest = dict(plan.longest)
     if {"feedback", "other"} & {*contexts.list_inputs(plan.context)}:
         # Before the run, the lengths of feedback texts and of other problems in the context are
-        # unknown, so the limit for teacher prompts is used instead.
+        # unknown. The limit for teacher prompts is therefore used as the length.
         longest["teacher"] = prompt_lengths.teacher_limit(c, plan.model_config)
     asked = {"student": prompts.build_student_prompt(plan.tokenizer, plan.student, plan.rows[0])}
     if config_lib.traits(c).teacher:

@@ -34,7 +34,7 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import replies, teacher_prompts, token_selection
 
 GRAMMAR = (
-    "a rule is METRIC>LIMIT or METRIC<LIMIT, then @STEPS unless STEPS is 1, then :ACTION; LIMIT is "
+    "a rule is METRIC>LIMIT or METRIC<LIMIT, then @STEPS (default: @1), then :ACTION; LIMIT is "
     "a number or NUMBER*first; the choices of ACTION are warn, stop, lr*FACTOR"
 )
 
@@ -292,7 +292,7 @@ def replay_events(rules: Sequence[Rule], lines: Iterable[str]) -> tuple[State, l
 
 
 def rebuild_events(said: list[dict], replayed: Sequence[Event]) -> list[dict]:
-    """Returns the entries of events.jsonl, together with the replayed events missing there."""
+    """Returns the entries of events.jsonl, and the replayed events that the file lacks."""
     known = {(entry["step"], entry["action"]) for entry in said}
     lost = [dataclasses.asdict(e) for e in replayed if (e.step, e.action) not in known]
     return sorted([*said, *lost], key=lambda entry: entry["step"])

@@ -42,7 +42,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from copsd_jax.runtime import sharding
 from copsd_jax.training import row_packing
 
-Array = Any  # np.ndarray if built by `build_batch`, jax.Array inside a step
+Array = Any  # an np.ndarray from `build_batch`, or a jax.Array inside a step
 
 
 class Side(NamedTuple):
@@ -57,8 +57,8 @@ class Side(NamedTuple):
       tokens_BL: token ids, 0 in padding.
       positions_BL: position of each token in its text, counted from the start of the shared prefix.
       segments_BL: segment of each token, numbered from 1 in each row; 0 is padding.
-      gather_BC: for each completion token, the position that predicts it, as an index into the rows
-        flattened to one axis.
+      gather_BC: for each completion token, the position that predicts the token. The position is an
+        index into the rows flattened to one axis.
       parents_BL: for each completion token, the segment of its prompt; -1 for all other tokens.
         `parents_BL` is None if prompts are not shared.
     """

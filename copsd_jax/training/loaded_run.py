@@ -1,4 +1,4 @@
-"""Loads the parts of a planned run, such as weights and compiled functions, and uses them."""
+"""Loads the weights and functions of a planned run, and samples and grades completions."""
 
 import contextlib
 import dataclasses
@@ -38,9 +38,9 @@ class LoadedRun:
     Attributes:
       plan: the checked plan.
       decoder: the model, without parameters.
-      frozen: the parameters that the run does not train. LoRA needs the base parameters. Full
-        fine-tuning needs the initial parameters only for some teachers and for the KL term;
-        otherwise `frozen` is {}.
+      frozen: the parameters that the run needs but does not train. LoRA needs the base parameters.
+        Full fine-tuning needs the initial parameters only for some teachers and for the KL term.
+        `frozen` is {} if the run needs no such parameters.
       options: the static options of the train step.
       step: the compiled train step.
       rate: function that returns the learning rate of a step.
@@ -54,7 +54,7 @@ class LoadedRun:
         None.
       lengths: for each of the sections rollout, eval and author, the number of cache entries that a
         slot needs.
-      stop: the object that notes whether a signal has asked the run to stop.
+      stop: the object that knows whether a signal has asked the run to stop.
     """
 
     plan: run_plan.Plan
@@ -147,7 +147,7 @@ def _create_on_shards(make: Callable[..., Any], plan: run_plan.Plan, *args: Any)
 def _load_run_weights(plan: run_plan.Plan, folder: pathlib.Path | None = None) -> dict:
     """Returns the base parameters; each process reads only the parts that its own devices hold.
 
-    If a folder is given, its weights are loaded instead of those of model.path.
+    If `folder` is given, its weights are loaded instead of the weights of model.path.
     """
     if folder is None and plan.config.model.init == "random":
 
@@ -249,11 +249,12 @@ class ServedPolicy:
         self._held: list[weakref.ref] = []
 
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
-        """Hands the policy over; returns the server that samples from the policy.
+        """Hands over a policy to the server, and returns the server that samples from the policy.
 
-        If this policy was the last one handed over, the server is asked for its adapters. An
-        adapter is loaded again only if the server lacks it, for example after a restart. Full
-        weights are always loaded again, because the server cannot tell which full weights it has.
+        If this policy is the last policy that was handed over, the server is asked for the names of
+        its adapters. An adapter is loaded again only if the server lacks it, for example after a
+        restart. Full weights are always loaded again, because the server cannot tell which full
+        weights it has.
 
         Raises:
           failures.EngineError: the server did not load the weights.
@@ -262,10 +263,10 @@ class ServedPolicy:
         adapter, trainable = policy.adapter, self._plan.config.train.trainable
         zero = adapter is None or not any(bool(jnp.any(leaf["b"])) for leaf in adapter.values())
         if trainable == "lora" and zero:
-            return self._base  # an adapter with b = 0 changes nothing, so the base is the policy
+            return self._base  # an adapter with b = 0 has no effect, so the base model suffices
         leaves = jax.tree.leaves(policy.params if adapter is None else adapter)
         if [id(held()) for held in self._held] != [id(leaf) for leaf in leaves]:
-            self._held = []  # emptied first: if the hand-over fails, the next call tries again
+            self._held = []  # emptied first, so that after a failure, the next call tries again
             self._server = self._hand_over_run_policy(policy)
             self._held = [weakref.ref(leaf) for leaf in leaves]
         else:
@@ -323,8 +324,8 @@ def sample(
       progress: function that is called with the statistics; see `loop.generate`.
       done: function that is called with each completion and its index as soon as the completion
         ends; see `loop.generate`.
-      sampling: the settings of the distribution; None for those of the section.
-      vocabulary: the ids that may be drawn; None for the plan's.
+      sampling: the settings of the distribution; None for the settings of the section.
+      vocabulary: the ids that may be drawn; None for the vocabulary of the plan.
 
     Returns:
       The completions in the order of the prompts, and statistics.
@@ -410,7 +411,7 @@ def compile_run_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str
 
 @contextlib.contextmanager
 def _name_memory_settings(section: str) -> Iterator[None]:
-    """Adds to a MemoryError the names of the settings that determine the sampler's size."""
+    """Adds the names of the settings that determine the sampler's size to a MemoryError."""
     try:
         yield
     except MemoryError as error:

@@ -1,4 +1,4 @@
-"""Reads what a run needs before the weights: the model's path, shape, tokenizer and dtype."""
+"""Reads the model's path, shape, tokenizer and dtype, which a run needs before the weights."""
 
 import dataclasses
 import pathlib
@@ -29,7 +29,7 @@ def read_headers(
     Raises:
       ValueError, OSError: a file is missing, or the model's config names an unknown architecture.
     """
-    # A commit that the run has recorded replaces a branch or a tag.
+    # If the run has recorded a commit, this commit is used instead of a branch or a tag.
     revision = config.model.commit or config.model.revision
     path = hub.resolve_model_path(config.model.path, revision, weights=False)
     own = config.model.tokenizer
@@ -39,7 +39,7 @@ def read_headers(
     if config.model.init == "random" and config.model.shape:
         shape = transformer.SHAPES[config.model.shape]
         if config.model.shape == "tiny":
-            # The tokenizer's vocabulary size is rounded up so that a mesh can divide it.
+            # The vocabulary size is rounded up so that the devices of a mesh can share it equally.
             shape = dataclasses.replace(shape, vocab_size=-(-len(tok) // 64) * 64)
         return path, shape, tok
     return path, hf_config.load_config(path), tok

@@ -123,7 +123,7 @@ def check_room(config: config_lib.Config, longest: dict[str, int], room: int, pl
       config: the run's settings, with the limits of completions.
       longest: for each side to check, the number of tokens in its longest prompt.
       room: maximum number of tokens of a prompt and its completion together.
-      place: the words that name this maximum in the message.
+      place: the words that name the maximum `room` in the error message.
 
     Raises:
       ValueError: the room is too small; the message names the side and the setting.

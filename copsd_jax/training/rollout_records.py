@@ -16,9 +16,10 @@ from copsd_jax.training.rollouts import Rollouts, TrainStepInputs
 
 
 def build_records(r: loaded_run.LoadedRun, done: Rollouts) -> list[dict]:
-    """Builds one dictionary per completion: the record that is stored in W/rollouts.
+    """Builds the records of completions, which a run stores in the folder W/rollouts.
 
-    Each method adds fields of its own, and `add_rollout_token_values` adds per-token values.
+    A record is a dictionary. Each method adds its own fields to the records, and
+    `add_rollout_token_values` adds per-token values.
 
     Args:
       r: the loaded run.

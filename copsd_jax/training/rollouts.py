@@ -125,12 +125,13 @@ def sample_rollouts(
 
 
 def _clear_unknown_rollout_logps(completion: loop.Completion) -> loop.Completion:
-    """Replaces NaN log-probabilities with empty arrays; NaN means that a server returned none.
+    """Replaces log-probabilities that are NaN with empty arrays.
 
-    A record can contain an empty array, written as [], but no NaN, because JSON has no NaN. In a
-    batch, an empty array becomes a row of zeros (`layout.pad_rows`). No loss reads this row of
-    zeros: if a server returns no log-probabilities, `make_plan` refuses losses that need them. In a
-    batch, a NaN would spread: NaN times a weight of 0 is NaN.
+    NaN means that a server returned no log-probabilities. JSON has no NaN, but it has empty arrays,
+    so records contain [] instead of NaN. In a batch, an empty array becomes a row of zeros
+    (`layout.pad_rows`). If a server returns no log-probabilities, `make_plan` refuses losses that
+    need log-probabilities, so no loss reads this row of zeros. In a batch, a NaN would spread: NaN
+    times a weight of 0 is NaN.
     """
     known = lambda values: values[:0] if np.isnan(values).any() else values  # noqa: E731
     logps, truncated = known(completion.logps), known(completion.logps_truncated)

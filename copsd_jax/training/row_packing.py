@@ -10,14 +10,16 @@ the first row with room. If a row of the bin already has a copy of the completio
 has room, the completion goes into that row, and the prompt is not copied again. An example with
 rows of 11 tokens:
 
-    prompts     A of 3 tokens, with completions of 4, 2 and 2; B of 2 tokens, with 3 and 1
+    prompts     A has 3 tokens, and completions of 4, 2 and 2 tokens;
+                B has 2 tokens, and completions of 3 tokens and 1 token
     row 0       A A A | 4 4 4 4 | 2 2 | 2 2
     row 1       B B | 3 3 3 | 1
 
 Without shared prompts, the example needs three rows, with 7 + 3, 5 + 5 and 5 tokens.
 
-The prompt with the most tokens, completions included, is placed first. Among the completions of a
-prompt, the longest is placed first. Without shared prompts, the method is first fit decreasing.
+Prompts are sorted by the number of their tokens, including the tokens of their completions. The
+prompt with the most tokens is placed first. Among the completions of a prompt, the longest is
+placed first. Without shared prompts, the method is first fit decreasing.
 
 The search tries bin sizes from the mean load upwards, and takes the first size that works. For each
 size, the search also tries to put each completion into the emptiest bin instead of the first bin
@@ -116,7 +118,7 @@ def plan_rows(
       sides: the student's prompts and, if there is a teacher, the teacher's prompts.
       shards: number of shards into which the rows of a micro-batch are split.
       micros: number of micro-batches; read only if there is no budget.
-      budget: maximum number of tokens in a bin, both sides together; 0 means no budget. With a
+      budget: maximum number of tokens in a bin, summed over both sides; 0 means no budget. With a
         budget, the plan has as few micro-batches as possible.
       row: minimum length of rows in tokens; the rows are longer only if a sample is longer. If
         `row` is 0, the row length depends on the samples.

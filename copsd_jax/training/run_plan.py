@@ -62,7 +62,7 @@ class Plan(ProgramPlan):
 
     Attributes:
       weights_path: the model's file or folder.
-      start: the folder of other weights to start from; None if model.init_from is empty.
+      start: the folder of the weights from which training starts; None if model.init_from is empty.
       tokenizer: the tokenizer named by model.tokenizer or, if this setting is empty, the model's
         own tokenizer.
       vocabulary: the ids that may be sampled, their bytes, and the ids that end a text.

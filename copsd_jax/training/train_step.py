@@ -34,14 +34,15 @@ The kinds of teacher differ only in their shares s_k and weights θ_k:
     live          1 · θ                         the student's current weights
     trust_region  (1 - ρ) · θ_0  and  ρ · θ     a geometric interpolation of policies (SDPO)
 
-The trained tree contains either LoRA adapters or all parameters. This file does not name mesh axes,
-because the shardings come from `layout.batch_shardings` and from `builders.build_step`.
+The trained tree contains either LoRA adapters or all parameters. `layout.batch_shardings` and
+`builders.build_step` choose the shardings, so this file names no mesh axes.
 
-A step leaves weights, optimizer and average as they were if its loss or its gradient is not finite,
-or if the norm of its gradient is at most `Options.min_grad_norm`. Without the second rule, momentum
-and weight decay would move the weights in a step in which no token carries loss, and Adam would
-turn rounding errors into a full update. `State.step` counts such a step. The optimizer's own count
-does not, so the learning-rate schedule stays where it was.
+A step changes nothing but `State.step` in two cases. In the first case, the loss or the gradient is
+not finite. In the second case, the norm of the gradient is at most `Options.min_grad_norm`. Without
+the second case, momentum and weight decay would move the weights in a step in which no token
+carries loss, and Adam would turn rounding errors into a full update. In both cases, the weights,
+the optimizer and the teacher's average keep their values. The optimizer's own count of steps does
+not increase, so the learning-rate schedule does not advance.
 """
 
 import dataclasses
@@ -92,7 +93,7 @@ class Options:
     weight: float = 1.0  # factor of the divergence in the loss
     policy: "PolicyLoss | None" = None  # None for a loss without a policy term
     chip: str = ""  # device kind of the mesh, which determines the kernels' block sizes
-    min_grad_norm: float = 0.0  # a gradient whose global norm is at most this counts as zero
+    min_grad_norm: float = 0.0  # maximum global norm of a gradient that counts as zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Aux(NamedTuple):
     """Measurements of a step: scalars, and per-token values [B, C] in the order of the batch."""
 
     metrics: dict[str, jax.Array]
-    tokens: divergence_loss.TokenStats | None  # of the divergence
+    tokens: divergence_loss.TokenStats | None  # statistics of the divergence
     policy: PolicyStats | None = None
 
 
@@ -150,9 +151,10 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:  # fmt: skip
     """Builds AdamW with a global-norm clip of the gradient, and the learning-rate schedule.
 
-    During the warm-up, the rate rises linearly to `lr`. After the warm-up, the rate either stays
-    constant or falls, linearly or as a cosine, to 0 at step `steps`. Example: a linear schedule of
-    n steps without warm-up uses the rate lr · (1 - k / n) in step k, counted from 0.
+    During the warm-up, the rate rises linearly to `lr`. After the warm-up, the schedule `constant`
+    keeps the rate at `lr`. The schedules `linear` and `cosine` lower the rate to 0 at step `steps`.
+    Example: a linear schedule of n steps without warm-up uses the rate lr · (1 - k / n) in step k,
+    counted from 0.
 
     Args:
       steps: number of optimizer steps in the whole run.
@@ -202,9 +204,9 @@ def derive_policies(
 
     With LoRA, `frozen` contains the base parameters, and a `fixed` teacher is the base model
     without an adapter. A `fixed` teacher equals the initial policy, because a new adapter has no
-    effect. If the run starts from another adapter (model.init_from), the teacher has that adapter,
-    which `state.ema` keeps. With full fine-tuning, `frozen` contains the initial weights if the run
-    needs them. With a trust region, the returned teacher is the initial policy, and
+    effect. If the run starts from an existing adapter (model.init_from), a `fixed` teacher has this
+    adapter, which `state.ema` keeps. With full fine-tuning, `frozen` contains the initial weights
+    if the run needs them. With a trust region, the returned teacher is the initial policy, and
     `list_teacher_mixture` adds the student's share. If a run with a trust region has
     author.kind=teacher, the initial policy alone writes the contexts.
 
@@ -325,8 +327,8 @@ def _compute_micro_policy_loss(
     policy. `heads` contains the student's head and the initial policy's head. Without a divergence
     from the initial policy, `hidden_ref` and the second head are None.
     """
-    # There is no kernel for log-probabilities, because `chunked` needs only two matrix products per
-    # block.
+    # `chunked` computes log-probabilities with only two matrix products per block, so no kernel for
+    # log-probabilities is needed.
     implementation = "dense" if options.implementation == "dense" else "chunked"
     log_probs = lambda hidden, head, trained: divergence_loss.log_probs(  # noqa: E731
         hidden, head, _flatten_micro(micro.completion_BC), temperature=settings.temperature,
@@ -511,9 +513,9 @@ def make_step(
         step(state, frozen, batch, student_prefix, teacher_kv, lr_factor=1.0) -> (State, Aux)
 
     The step sums loss and gradient over the micro-batches, updates the trained tree once, and then
-    updates the teacher's average. The loss is Σ weight · value. `loss_norms.compute_token_weights`
-    normalises the weights over the whole step, so the losses of micro-batches add up to the loss of
-    the step.
+    updates the teacher's average. The loss is the sum of weight · value over all tokens.
+    `loss_norms.compute_token_weights` normalises the weights over the whole step, so the losses of
+    micro-batches add up to the loss of the step.
 
     Arguments of the step:
 
@@ -524,7 +526,7 @@ def make_step(
       * student_prefix: int32 [P], the exemplars of the student's prompts, or None.
       * teacher_kv: keys and values of the teacher's prefix, one KV for each policy of
         `list_teacher_mixture`, or None.
-      * lr_factor: float scalar, set by the guards, that multiplies the update.
+      * lr_factor: float scalar that multiplies the update; the guards choose this factor.
 
     Args:
       decoder: the model.
@@ -569,9 +571,9 @@ def make_step(
 def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:
     """Returns decay · ema + (1 - decay) · new in float32; returns `ema` if the run has no average.
 
-    In bfloat16, an average with a decay of 0.999 would not change, because rounding would remove
-    the small updates. The two factors of an adapter are averaged separately, as in the published
-    method. The product of the averages differs from the average of the products.
+    In bfloat16, rounding would remove the small updates of an average with a decay of 0.999. The
+    two factors of an adapter are averaged separately, as in the published method. The product of
+    the averages differs from the average of the products.
     """
     if ema is None or options.teacher != "ema":
         return ema

@@ -320,7 +320,7 @@ def test_damaged_data_sets_are_refused(data_set, tmp_path, monkeypatch):
         for content in ("", "{", "[]", '{"a": 1}', foreign):
             file = copied() / name
             file.write_text(content)
-            refuse("tfds:small/train", "cannot be read|no split|no prepared|stored as")
+            refuse("tfds:small/train", "cannot be read|no split|no prepared|reading the format")
     copied()
     for name in ("small:1.0/train", "small:latest/train", "small:x/train", "small:1.*.*/train"):
         refuse(f"tfds:{name}", "no prepared version", FileNotFoundError)

@@ -384,7 +384,7 @@ def test_a_step_without_replies_keeps_its_policy_loss():
         return bool(found.loss_BC.any()), kept, failure and failure.reason
 
     assert drop(records, ones) == (False, True, None)
-    reason = "none of the 1 replies of http://h/v1 (author.url) could be used, the first is timeout"
+    reason = "none of the 1 replies of http://h/v1 (author.url) could be used; the first is timeout"
     assert drop(records) == drop(records, zeros) == (False, False, f"{reason}: away")
     raised = [x | {"grade_detail": "OSError: away", "correct": None} for x in records]
     assert drop(raised, ones)[:2] == (False, False)

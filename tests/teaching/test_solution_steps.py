@@ -473,7 +473,7 @@ def test_another_wrong_answer_is_wrong_in_its_sentence():
     [
         ("He has eleven.", "11", "it has no equation"),
         ("3 * 5 = 16 and 15 - 4 = 11.", "11", "'3 \\* 5 = 16' is false"),
-        ("3 * 5 = 15.", "11", "it ends in 15, and the answer is '11'"),
+        ("3 * 5 = 15.", "11", "it ends in 15, but the answer is '11'"),
     ],
 )
 def test_unknown_solutions_are_refused_by_name(solution, gold, reason):
