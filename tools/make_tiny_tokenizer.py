@@ -28,8 +28,8 @@ NOTICE = """\
 The chat template and the names of the special tokens in tokenizer_config.json and tokenizer.json
 are those of Qwen3 (https://huggingface.co/Qwen/Qwen3-1.7B), Copyright Alibaba Cloud, licensed under
 the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0). The template is
-unchanged. Vocabulary and merges are not Qwen3's: tools/make_tiny_tokenizer.py trained them on text
-of its own, under the licence of this project.
+unchanged. The vocabulary and the merges are not Qwen3's. They were trained on the text in
+tools/make_tiny_tokenizer.py, and are under the licence of this project.
 """
 KEPT = (  # keys that are copied from Qwen3's tokenizer_config.json
     "additional_special_tokens",

@@ -1,7 +1,8 @@
 """Experiment cards, and the arguments of the command line that change their settings.
 
-A card is a Python file whose function `get_config(preset)` changes the result of `default()` and
-returns it. Every error is one sentence that names the card or the setting.
+A card is a Python file with a function `get_config(preset)`. This function calls `default()`,
+changes some settings of the result, and returns the changed config. Every error is one sentence
+that names the card or the setting.
 """
 
 import ast
@@ -31,7 +32,7 @@ class Arguments(NamedTuple):
 
     Attributes:
       card: the value of --config; "" if it is missing.
-      others: all other arguments, each as "--name=value", or as the name alone if it is a switch.
+      others: all other arguments, written as "--name=value", or as "--name" for a switch.
     """
 
     card: str
@@ -39,10 +40,10 @@ class Arguments(NamedTuple):
 
 
 def split_arguments(argv: Sequence[str]) -> Arguments:
-    """Splits a command line, and checks the names of flags and settings, and simple values.
+    """Splits a command line; checks the names of flags and settings, and the types of values.
 
-    If a setting that is not a list occurs twice, the last value counts, so that further settings
-    can be appended to those of a script.
+    If a setting that is not a list occurs twice, the last value counts. Therefore, a user can
+    override the settings in a script by appending arguments.
 
     Args:
       argv: the command line; the first element is the name of the program.
@@ -107,7 +108,7 @@ def _check_setting_text(name: str, text: str) -> None:
         value: Any = ()
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text)
-        # ml_collections would make a list of the bytes, the dict's keys or the set's elements.
+        # ml_collections would turn bytes, a dict or a set into a list of bytes, keys or elements.
         if isinstance(value, bytes | dict | set):
             raise ValueError(config_lib.describe_type_fault(name, text))
     parser = _PARSERS.get(type(config_lib.SETTINGS[name].default))
@@ -138,10 +139,10 @@ def load_card(argument: str) -> config_lib.Config:
     try:
         spec: Any = importlib.util.spec_from_file_location("experiment_card", file)
         module: Any = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses of a card look for their module here
+        sys.modules[spec.name] = module  # a dataclass in a card looks up its module here
         spec.loader.exec_module(module)
         config = module.get_config(preset) if colon else module.get_config()
-    # A card is the user's program, which may raise anything or call sys.exit.
+    # A card is the user's program, which may raise any exception or call sys.exit.
     except (Exception, SystemExit) as error:
         raise ValueError(f"--config={argument!r}{_describe_card_failure(file, error)}") from error
     return _check_settings_of(argument, config)

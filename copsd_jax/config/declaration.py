@@ -50,7 +50,7 @@ class Condition(NamedTuple):
 
 
 class ListedBy(NamedTuple):
-    """The condition that a setting is read by the entry that is chosen from a table.
+    """The condition that the chosen entry of a table reads a setting.
 
     Attributes:
       setting: the name of the setting that chooses the table's entry, such as context.kind.

@@ -70,7 +70,7 @@ _LORA = goes_with("train.trainable", "lora")
 SETTINGS: dict[str, Setting] = {
     "method": declare("distill", "how the student is trained", one_of(*methods.METHODS)),
     # Seeds have 32 bits, so a seed above 2**32 - 1 would give the same numbers as a smaller seed.
-    "seed": declare(0, "seed of data order, rollouts, adapters; evaluation has separate streams",
+    "seed": declare(0, "seed of data order, rollouts and adapters; evaluation has separate streams",
         whole(0, 2**32 - 1)),
     "description": declare("", "one line of text, printed at the start"),
     "languages_file": declare("", "JSON file with languages to add or replace; '' for none"),
@@ -113,14 +113,14 @@ SETTINGS: dict[str, Setting] = {
     "prompt.thinking": declare("none", "none: the template has no thinking; off: an empty think "
         "block; on: the model may think; prefix: thinking opens in the problem's language",
         one_of(*THINKING)),
-    "prompt.answer": declare("boxed", "how the prompt requests the answer; none: the problem does "
-        "so", entry_of("teaching/conversations.py ANSWER_FORMS")),
+    "prompt.answer": declare("boxed", "how the prompt requests the answer; none: the problem "
+        "itself requests the answer", entry_of("teaching/conversations.py ANSWER_FORMS")),
     "prompt.form": declare("plain", "step_tags: student and teacher put each step in tags "
         "<step_k>", one_of("plain", "step_tags")),
     "prompt.exemplars": declare(0, "number of worked examples before every prompt of student and "
         "teacher", whole(0)),
-    "prompt.exemplars_path": declare("bundled:exemplars", "source of the worked examples, as "
-        "data.path", None, _EXEMPLARS),
+    "prompt.exemplars_path": declare("bundled:exemplars", "like data.path, but for the worked "
+        "examples", None, _EXEMPLARS),
     "prompt.exemplars_lang": declare("en", "language of the problems in the worked examples", None,
         _EXEMPLARS),
     "prompt.date": declare("", "today's date for chat templates that show it; '' for the date of "
@@ -137,7 +137,7 @@ SETTINGS: dict[str, Setting] = {
     "context.feedback": declare("never", "show the grader's feedback: never, always, or only if "
         "the group has no success", one_of("never", "always", "without_sibling"), _CONTEXT,
         _FALLBACK),
-    "context.correct": declare("distill", "correct completions: distil them too, or skip them",
+    "context.correct": declare("distill", "whether to distil or to skip correct completions",
         one_of("distill", "skip"), _TEACHER),
     "context.filter_groups": declare(False, "no loss and no replies for groups whose rewards are "
         "all equal (DAPO)", None, _SAMPLES),
@@ -164,11 +164,12 @@ SETTINGS: dict[str, Setting] = {
     "author.cache": declare("", "folder that keeps replies, to avoid repeated requests; '' for "
         "none", None, _ASKED),
 
-    "tokens.select": declare("all", "which tokens carry loss: all, those from the error on, or "
-        "those of the wrong step", one_of("all", "from_error", "error_step", function=True),
-        _TEACHER),
+    "tokens.select": declare("all", "which tokens carry loss: all tokens, the tokens from the "
+        "error on, or the tokens of the wrong step",
+        one_of("all", "from_error", "error_step", function=True), _TEACHER),
     "tokens.on_failure": declare("skip", "if the error is not found: teach the full completion, "
-        "skip it, or teach from the closest step on", one_of("full", "skip", "step"), _ERROR),
+        "skip the completion, or teach from the closest step on", one_of("full", "skip", "step"),
+        _ERROR),
     "tokens.occurrence": declare("first", "which occurrence is used if a quote occurs more than "
         "once", one_of("first", "last"), _ERROR),
     "tokens.fuzzy": declare(0.8, "share of the quote that an inexact match must contain", SHARE,
@@ -210,7 +211,7 @@ SETTINGS: dict[str, Setting] = {
     "loss.beta": declare(0.5, "weight of the teacher in the mixture",
         between(1e-6, 1 - 1e-6, "; instead of 0 or 1, use fkl or rkl"),
         ListedBy("loss.divergence")),
-    "loss.normalize_beta": declare(False, "divide the divergence by beta (1 - beta)", None,
+    "loss.normalize_beta": declare(False, "divide the divergence by beta * (1 - beta)", None,
         ListedBy("loss.divergence")),
     "loss.temperature": declare(1.0, "divisor of the logits of student and teacher",
         between(1e-4, 1e4), _TEACHER),
@@ -218,7 +219,8 @@ SETTINGS: dict[str, Setting] = {
         _TEACHER),
     "loss.top_k_of": declare("teacher", "whose k best tokens are summed",
         entry_of("losses/divergences.py TOP_K_OF"), _TOP_K),
-    "loss.tail": declare(False, "add the other tokens as one entry, instead of renormalising"),
+    "loss.tail": declare(False, "add all tokens outside the top k as one entry, instead of "
+        "renormalising"),
     "loss.rollout_clip": declare(0.0, "upper limit of a token's weight p_trainer(y) / "
         "p_sampler(y); 0 is off", NOT_NEGATIVE, _TEACHER),
     "loss.clip_mode": declare("none", "which value loss.clip bounds",
@@ -235,7 +237,7 @@ SETTINGS: dict[str, Setting] = {
 
     # policy.weight must be below 1, because policy.weight=1 would be the same as method=grpo.
     "policy.weight": declare(0.0, "weight of the policy gradient in the loss; the "
-        "divergence has 1 - weight", BELOW_ONE),
+        "divergence has the weight 1 - policy.weight", BELOW_ONE),
     "policy.route": declare("all", "successes: only successes get the policy gradient, and "
         "only failures get the divergence", one_of("all", "successes")),
     "policy.scale": declare("std", "divide advantages by the standard deviation of their group",
@@ -261,9 +263,9 @@ SETTINGS: dict[str, Setting] = {
     "guards.bad_steps": declare(3, "stop after this many steps in a row with a loss or gradient "
         "that is not finite, or without any usable completion, reply or reward; 0: never",
         whole(0)),
-    "guards.logp_gap": declare(0.0, "bound of logp_gap_max, in nats; above it, a step warns, or "
-        "stops the run if a loss reads the server's log-probabilities; 0: 0.01 in float32, 3 in "
-        "bfloat16", NOT_NEGATIVE, _SERVER),
+    "guards.logp_gap": declare(0.0, "bound of logp_gap_max, in nats; a step above the bound "
+        "warns, or stops the run if a loss reads the server's log-probabilities; 0 means 0.01 in "
+        "float32 and 3 in bfloat16", NOT_NEGATIVE, _SERVER),
 
     "check.self_test": declare(True, "before the first step, score completions by sampler and "
         "trainer, and stop if their log-probabilities differ"),
@@ -276,13 +278,13 @@ SETTINGS: dict[str, Setting] = {
         whole(1, 16_777_216), _LOCAL),
     "sampler.cache": declare("auto", "dtype of keys and values; auto: dtype of the model",
         one_of("auto", "float32", "bfloat16", "int8"), _LOCAL),
-    "sampler.attention": declare("auto", "attention to the cache; auto: blocks on CPU, else pallas",
-        one_of("auto", "blocks", "dense", "pallas"), _LOCAL),
+    "sampler.attention": declare("auto", "attention to the cache; auto: blocks on CPU, otherwise "
+        "pallas", one_of("auto", "blocks", "dense", "pallas"), _LOCAL),
     "sampler.merge": declare(False, "add the adapter to a copy of the base, once per phase",
         None, _LORA, _LOCAL),
     "sampler.int8": declare(False, "round projections to int8 for decoding", None, _LOCAL),
-    "sampler.gather": declare(True, "gather weights split over mesh.fsdp once per phase; False: "
-        "once per token", None, _LOCAL),
+    "sampler.gather": declare(True, "gather the weights that mesh.fsdp splits: once per phase "
+        "(True), or once per token (False)", None, _LOCAL),
     "sampler.warmup": declare("auto", "compile all programs before the first step; auto: on GPU "
         "and TPU", one_of("auto", "always", "never"), _LOCAL),
     **server("sampler", timeout=600.0, concurrency=64, read_when=_SERVER),
@@ -292,8 +294,8 @@ SETTINGS: dict[str, Setting] = {
         entry_of("servers/remote_engine.py LOGPROBS"), _SERVER),
     "sampler.max_model_len": declare(0, "maximum tokens of prompt and completion; 0: ask "
         "the server", whole(0), _SERVER),
-    "sampler.folder": declare("", "folder with weights for the server, which must be able to "
-        "read it; '' for W/engine", None, _SERVER),
+    "sampler.folder": declare("", "folder with weights for the server; the server must be able "
+        "to read the folder; '' for W/engine", None, _SERVER),
 
     "train.steps": declare(100, "optimizer steps; 0 only evaluates", whole(0)),
     "train.batch": declare(32, "problems per step", whole(1, 1_000_000)),
@@ -353,11 +355,11 @@ SETTINGS: dict[str, Setting] = {
     "eval.extract": declare("last_after_think", "which answer counts: the last one after the "
         "thinking, or the last one anywhere", one_of("last_after_think", "last_anywhere"),
         ListedBy("reward.kind")),
-    "eval.grader": declare("strict", "strict: only what is right; published: also what math-verify "
-        "accepts, to compare scores with published ones", one_of("strict", "published"),
-        ListedBy("reward.kind")),
-    "eval.units": declare("words", "what an answer may leave out beside its number: any unit or "
-        "noun, only listed units, or nothing (the same unit)", one_of("words", "listed", "same"),
+    "eval.grader": declare("strict", "strict: accept only right answers; published: also accept "
+        "what math-verify accepts, for comparison with published scores",
+        one_of("strict", "published"), ListedBy("reward.kind")),
+    "eval.units": declare("words", "which words beside the number an answer may omit: any unit "
+        "or noun, only listed units, or none (the same unit)", one_of("words", "listed", "same"),
         ListedBy("reward.kind")),
     "eval.grade_seconds": declare(5.0, "time limit of one comparison of answers", POSITIVE),
 

@@ -26,7 +26,7 @@ def check_settings(
 
     Args:
       config: all settings.
-      tables: maps each setting that chooses an entry of a table to the table's entries. If
+      tables: the entries of each table, by the name of the setting that chooses an entry. If
         `tables` is None, the rules that depend on tables are skipped; the caller then need not
         import any table.
       train: whether the run will train. If `train` is false, settings that nothing reads are
@@ -116,7 +116,8 @@ def _check_setting_choice(
 def _refuse_unread_settings(s: Mapping, tables: config_lib.Tables) -> None:
     """Refuses a setting that differs from its default if nothing would read the setting.
 
-    A condition that names another setting need not repeat the conditions of that setting.
+    If a condition names another setting, the condition need not repeat the other setting's
+    conditions.
     """
     for name, setting in config_lib.SETTINGS.items():
         for when in setting.read_when if s[name] != setting.default else ():
@@ -144,8 +145,8 @@ def _check_author_settings(s: Mapping) -> None:
         refuse(s, "author.kind", f"{rule}; reward.kind is {s['reward.kind']}")
     if s["eval.extract"] != "last_after_think":
         # eval.extract=last_anywhere may find an answer inside a think block that never ends. If the
-        # answer is inside the thinking, no step of the solution contains it, because the steps
-        # begin after the thinking.
+        # answer is inside the thinking, no step of the solution contains the answer, because the
+        # steps begin after the thinking.
         rule = "it reads only text after the thinking, so it needs eval.extract=last_after_think"
         refuse(s, "author.kind", f"{rule}; eval.extract is {s['eval.extract']}")
 
@@ -169,7 +170,7 @@ def _check_engine_settings(s: Mapping) -> None:
 
 
 def _check_groups(s: Mapping) -> None:
-    """Refuses one completion per problem if a setting compares several completions per problem."""
+    """Refuses a number of completions per problem that the method or another setting cannot use."""
     method = methods.METHODS[s["method"]]
     if not method.samples and s["rollout.per_prompt"] != 1:
         refuse(s, "rollout.per_prompt", f"method={s['method']} does not sample, so use 1")
@@ -217,7 +218,7 @@ def _check_data_settings(s: Mapping, data: bool) -> None:
     written = s["prompt.exemplars"] > 0 or not methods.METHODS[s["method"]].samples
     if written and (s["reward.kind"], s["prompt.answer"]) == ("choice", "none"):
         # If a solution is followed by a bare letter, the grader cannot read the letter as a choice.
-        rule = "method=sft and prompt.exemplars write answers, so reward.kind=choice needs choice"
+        rule = "method=sft and prompt.exemplars write answers; with reward.kind=choice, use choice"
         refuse(s, "prompt.answer", rule)
     english = s["context.problem_en"] or s["context.solution"]
     if s["context.kind"] == "crosslingual" and not english:
@@ -229,7 +230,7 @@ def _check_data_settings(s: Mapping, data: bool) -> None:
         refuse(s, "data.weights", f"give one number for each of data.lang={languages}")
     numbers = all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights)
     if not numbers or (weights and sum(weights) == 0):
-        refuse(s, "data.weights", "weights must be at least 0, and one must be above 0")
+        refuse(s, "data.weights", "all weights must be at least 0, and one weight must be above 0")
 
 
 def _check_train_settings(s: Mapping, completions: int) -> None:

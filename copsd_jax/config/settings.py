@@ -30,7 +30,7 @@ SETTINGS = setting_list.SETTINGS
 RETIRED: dict[str, object] = {"loss.skip_below": 0.0}
 
 # The former defaults of settings whose default has changed. A run that did not record its defaults
-# began with these. Newer runs record every default in run.json.
+# began with these former defaults. Newer runs record every default in run.json.
 FORMER_DEFAULTS: dict[str, object] = {
     "loss.norm": "micro_token_mean",
     "train.min_grad_norm": 0.0,
@@ -76,7 +76,7 @@ def assign(config: Config, values: Mapping[str, Any]) -> None:
 
 # The settings that are lists of words.
 _WORDS = ("data.lang", "eval.lang", "lora.targets")
-# The accepted types for the type of a default, in words and as classes.
+# Maps the type of a default to the accepted types of a value, in words and as classes.
 _TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("True or False", (bool,)),
     int: ("a whole number", (numbers.Integral,)),
@@ -155,7 +155,7 @@ def traits(config: Config) -> methods.Method:
 
 
 def pick(section: Config, names: str) -> dict[str, Any]:
-    """Returns some settings of a section; `names` lists them, separated by spaces."""
+    """Returns the settings of a section that `names` lists; spaces separate the names."""
     return {name: section[name] for name in names.split()}
 
 
@@ -216,11 +216,11 @@ def unknown_setting(name: str) -> str:
 
 
 def drop_retired_settings(saved: Mapping[str, object], source: str) -> dict[str, object]:
-    """Returns the saved settings without those that no longer exist.
+    """Returns the saved settings without the settings that no longer exist.
 
     Args:
       saved: the settings of an older run, by name.
-      source: the origin of the settings, such as a file; the error message names it.
+      source: the origin of the settings, such as a file, for the error message.
 
     Raises:
       ValueError: a retired setting has another value than in `RETIRED`.

@@ -89,7 +89,7 @@ class Phase:
 
     Attributes:
       name: name of the phase in the report.
-      parts: for each part of the held arrays, the bytes of the part on each device.
+      parts: the bytes of each part of the held arrays on each device.
       programs: the programs that run in this phase.
     """
 
@@ -322,7 +322,7 @@ class _Compiler(NamedTuple):
 
 
 def _with_sharding(x: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Returns an argument as an abstract array, replicated if the argument has no sharding."""
+    """Returns an argument as an abstract array; replicates an argument that has no sharding."""
     whole = NamedSharding(mesh, PartitionSpec())
     if not hasattr(x, "dtype"):  # a Python number
         return jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -336,7 +336,7 @@ def build_failed_program(name: str, arguments: int, error: BaseException) -> Pro
     """Returns the `Program` for a failed compilation, with the bytes that the program would need.
 
     Raises:
-      BaseException: `error` itself, if lack of memory was not the reason of the failure.
+      BaseException: `error` itself, if the failure had another cause than a lack of memory.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -427,7 +427,7 @@ def _compile_sampler(compiler: _Compiler, arrays: memory.HeldArrays, phase: str)
     author = section == "author"
     prefix = None if author else _compile_prefix(compiler, decoder, arrays.sampler)
     valid_V = np.ones(frame.model_config.vocab_size, bool)
-    valid_V[-1] = False  # a tokenizer has fewer ids than the embeddings have rows
+    valid_V[-1] = False  # a tokenizer may have fewer ids than the model has embeddings
     length = 0 if author else asked + completion
     job = request.prepare_sampler_inputs(
         decoder, arrays.sampler, [(0,) * asked], [builders.build_sampling(c, section, (0,), ())],

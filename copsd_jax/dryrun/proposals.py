@@ -49,7 +49,7 @@ class Change:
     """A change of settings with which the run fits, or may fit.
 
     Attributes:
-      words: the change as command-line flags; if the devices change, their name comes first.
+      words: the change as command-line flags, after the name of the devices if they change.
       held: bytes of the held arrays on each device, without temporaries; 0 if compiled programs
         show that the change fits.
       config: the changed settings.
@@ -64,7 +64,7 @@ class Change:
 
 @dataclasses.dataclass
 class Proposals:
-    """The largest sizes that fit, and, for a run that does not fit, changes that would make it fit.
+    """The largest sizes that fit; for a run that does not fit, also changes with which it may fit.
 
     Attributes:
       largest: for each setting, the largest useful value that fits; 0 if no value fits.

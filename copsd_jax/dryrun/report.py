@@ -80,7 +80,7 @@ def build_report(run: programs.Run, proposed: proposals.Proposals) -> dict[str, 
 
 
 def add_checks(report: dict[str, Any], run: programs.Run, proposed: proposals.Proposals) -> None:
-    """Compiles a run with the proposed settings, and adds to the report whether this run fits.
+    """Compiles a run with the proposed settings; adds to the report whether this run fits.
 
     If the original run fits, the largest sizes that fit are tried. If the original run does not
     fit, the first proposed change is tried.
@@ -260,7 +260,7 @@ def _format_checks(place: dict[str, Any]) -> list[str]:
     lines = []
     for name, one in place.get("checked", {}).items():
         state = "fits" if one["fits"] else "does not fit"
-        lines.append(f"  compiled with them: {name} {one['total'] / GIB:.2f} GiB, {state}")
+        lines.append(f"  checked by compilation: {name} {one['total'] / GIB:.2f} GiB, {state}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Names of devices to compile for: TPU slices and groups of GPUs.
+"""Names of the devices that a dry run compiles for: TPU slices and groups of GPUs.
 
 This file does not import JAX, because names are checked and the environment is set before JAX
 starts.
@@ -42,7 +42,7 @@ CHOICES = (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for, which need not be present.
+    """The devices that a dry run compiles for; the devices need not be present.
 
     Attributes:
       name: the text from the command line.

@@ -36,7 +36,7 @@ def _averages(records: Sequence[dict]) -> dict[str, float]:
 
 
 def _average_samples(records: Sequence[dict]) -> tuple[float, float, float]:
-    """Returns the shares of samples that are correct, that have an answer, and that were cut."""
+    """Returns the shares of correct samples, samples with an answer, and truncated samples."""
     samples = [sample for record in records for sample in record["samples"]]
     marks = [(s["correct"], s["answer"] is not None, s["truncated"]) for s in samples]
     correct, formed, cut = (sum(column) / len(marks) for column in zip(*marks, strict=True))
@@ -44,7 +44,7 @@ def _average_samples(records: Sequence[dict]) -> tuple[float, float, float]:
 
 
 def _restrict_to_shared(before: dict, after: dict) -> tuple[list[dict], list[dict]]:
-    """Returns the records of the problems that both evaluations have, in the order of the first."""
+    """Returns the records of the problems that both evaluations have, in the order of `before`."""
     key = operator.itemgetter("id", "problem", "gold", "lang", "group")
     later = {key(record): record for record in after["problems"]}
     pairs = [(old, later[key(old)]) for old in before["problems"] if key(old) in later]

@@ -15,8 +15,8 @@ RESAMPLES = 10_000
 def compute_score_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Returns (mean, low, high): the mean score of the problems, and the mean's 95 % interval.
 
-    The interval is Wilson's (1927), with the effective number of problems
-    n = mean (1 - mean) / (variance / number of problems). If all scores are 0 or 1, the effective
+    The interval is Wilson's score interval (1927) for the effective number of problems
+    n = mean * (1 - mean) / (variance / number of problems). If all scores are 0 or 1, the effective
     number equals the number of problems. If scores are means of several samples, the effective
     number is larger than the number of problems. Unlike mean ± 1.96 standard errors, Wilson's
     interval stays in [0, 1], and its width is never 0.

@@ -66,7 +66,7 @@ class Progress:
         self._written, self._width, self._pending = -math.inf, 0, ""
 
     def update(self, done: int, tokens: int = 0, **values: float) -> None:
-        """Updates the line: `done` units are done, `tokens` tokens are new; also shows `values`."""
+        """Updates the line with `done` units in total, `tokens` new tokens, and `values`."""
         now = self._clock()
         self._late.append((now, done, self._late[-1][2] + tokens))
         self._pending = self._line(done, values)
@@ -96,7 +96,7 @@ class Progress:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Ends the line on a terminal; elsewhere, writes the last state if this is not yet done."""
+        """Ends the line on a terminal; on other streams, writes a state that is not yet written."""
         if self._live and self._width:
             self._write("\n")
         elif self._pending:

@@ -28,7 +28,7 @@ BUCKETS = {
 
 _NAMES = tuple(CLASSES)
 _OPERATORS = frozenset("+-*/=^×÷±−·≈≠≤≥√%")
-# Angle brackets count as parts of tags: as comparison signs, they occur in fewer completions.
+# Angle brackets count as parts of tags, because they are rarer as comparison signs.
 _MARK = re.compile(r"\\?boxed[{}]*|</?[a-z_]+>?|[^\w\s=-]*[{}<>][^\w\s=-]*")
 
 
@@ -192,7 +192,7 @@ def summary(records: Sequence[Mapping[str, Any]], table_V: np.ndarray) -> dict[s
     Returns:
       The metrics. `divergence_CLASS` is the mean divergence of the loss-carrying tokens of a class.
       `divergence_at_0_7` is the mean divergence of the loss-carrying tokens at positions 0 to 7;
-      each other bucket of positions has such a metric too. `advantage` and `advantage_CLASS` are
+      each other bucket has a metric of this form. `advantage` and `advantage_CLASS` are
       means over all tokens of the completions that a teacher scored.
       `advantage_negative` is the share of all teacher-scored tokens that have an advantage below 0.
       The advantage metrics include tokens that carry no loss, because correct steps also show the

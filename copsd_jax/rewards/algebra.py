@@ -1,8 +1,8 @@
 """Comparison of formulas by math-verify, with stricter tests; imported only by worker processes.
 
-math-verify compares numbers after rounding to six decimals, so 1/3^60 equals 1/3^61. It ignores the
-case of letters, and drops every word that it takes for a unit ("8 ab" is 8). A relation without
-variables becomes a truth value, so 3 = 3 equals every true statement.
+math-verify compares numbers after rounding to six decimals, so 1/3^60 equals 1/3^61. math-verify
+ignores the case of letters. Every word that looks like a unit is dropped, so "8 ab" equals 8. A
+relation without variables becomes a truth value, so 3 = 3 equals every true statement.
 """
 
 import functools
@@ -16,7 +16,7 @@ import sympy
 
 _DIGITS = 50
 _EXACT = sympy.Rational(1, 10**25)  # largest relative difference of two exact forms
-_ROUNDED = sympy.Rational(2, 10**6)  # the same for a number and its rounded decimal
+_ROUNDED = sympy.Rational(2, 10**6)  # largest relative difference of a rounded decimal
 _POINTS = (sympy.Rational(37, 29), sympy.Rational(113, 47))
 
 
@@ -91,7 +91,7 @@ def _match_sets(gold: list, answer: list) -> bool:
 
 
 def _agree(gold: Any, answer: Any) -> bool:
-    """Tells whether two expressions agree if a few fixed numbers replace their variables."""
+    """Tells whether two expressions have equal values if fixed numbers replace the variables."""
     if not isinstance(gold, sympy.Expr) or not isinstance(answer, sympy.Expr):
         return True
     symbols: Any = sorted(gold.free_symbols | answer.free_symbols, key=str)
@@ -101,7 +101,7 @@ def _agree(gold: Any, answer: Any) -> bool:
         try:
             one, other = (side.subs(point).evalf(_DIGITS) for side in (gold, answer))
         except (ValueError, TypeError, ArithmeticError, AttributeError, NotImplementedError):
-            return True  # the point tells nothing
+            return True  # the values at this point cannot be compared
         if not (one.is_number and other.is_number and one.is_finite and other.is_finite):
             return True
         size = max(abs(one), abs(other))

@@ -1,9 +1,9 @@
 """Comparison of two answers as strings, exact numbers, quantities and words.
 
-`compare_plainly` decides most pairs. The pairs that it leaves undecided are formulas, which
-`graders.Grader` hands to a worker. The rules are strict: a list never equals a tuple, a number in
-base 7 never equals a number in base 10, a word is never read as a product of letters, and 5 cm do
-not equal 5 m.
+`compare_plainly` decides most pairs. All pairs that `compare_plainly` cannot decide are formulas;
+`graders.Grader` sends these pairs to a worker. The rules are strict: a list never equals a tuple, a
+number in base 7 never equals a number in base 10, a word is never read as a product of letters, and
+5 cm do not equal 5 m.
 """
 
 import fractions
@@ -21,7 +21,7 @@ _CLOCK = re.compile(
 _NAMED = re.compile(r"[A-Za-z](?:_(?:\w|\{\w+\}))?\s*=\s*(?P<value>[^=<>]+)")
 _RELATION = re.compile(r"[=<>|:]|\\(?:le|ge|ne|mid|in|approx)(?![a-zA-Z])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_MOST_WORDS = 8  # more words beside a number or formula are prose
+_MOST_WORDS = 8  # an answer with more words is prose
 
 
 def normalize(text: str) -> str:
@@ -104,7 +104,7 @@ def compare_plainly(gold: str, answer: str, policy: str = "words") -> bool | Non
 
 
 def _compare_choices(gold: str, answer: str) -> bool | None:
-    """Compares the letters of two choices; each may be written as "B", "(B)" or "B) text"."""
+    """Compares the letters of two choices, each written as "B", "(B)" or "B) text"."""
     letters = []
     for side in (gold, answer):
         bare, full = _LETTER.fullmatch(side), _LETTER_WITH_TEXT.fullmatch(side)
@@ -156,11 +156,12 @@ def _compare_quantities(gold: str, answer: str, policy: str) -> bool | None:
 
 def _compare_values(left: units.Quantity, right: units.Quantity, policy: str) -> bool | None:
     # In the gold answer, a comma counts as a decimal comma only beside a unit or noun, because
-    # "3,5" alone may be a list. If the gold answer is a number, so is "3,5" in the other answer.
+    # "3,5" alone may be a list. If the gold answer is a number, the other answer "3,5" is read as
+    # 3.5.
     worded = bool(left.units or left.words)
     one = left.compute_value(comma=worded)
     if one is None:
-        # A list is not a number; two lists are left undecided.
+        # Here, the gold answer may be a list. A pair of two lists is undecided.
         return None if right.compute_value(comma=False) is None else _decide_lists(left)
     other = right.compute_value(comma=True)
     if other is None:
@@ -172,7 +173,7 @@ def _compare_values(left: units.Quantity, right: units.Quantity, policy: str) ->
     if one == other:
         return True
     whole = all(numerals.parse_number(q.number, comma=True) for q in (left, right))
-    # Unequal fractions are left undecided, because 0.333333 may be a rounded 1/3.
+    # A pair of unequal fractions is undecided, because 0.333333 may be a rounded 1/3.
     return False if whole or left.scale != right.scale else None
 
 
@@ -181,7 +182,7 @@ def _decide_lists(left: units.Quantity) -> bool | None:
 
 
 def _compare_words(gold: str, answer: str) -> bool | None:
-    r"""Refuses words that are not equal: math-verify would read them as products of letters."""
+    r"""Rejects unequal words, because math-verify would read words as products of letters."""
     words = [is_words(side) for side in (gold, answer)]
     if all(words):
         return False
@@ -208,7 +209,7 @@ def _differ_in_brackets(gold: str, answer: str) -> bool:
 
 
 def prepare_formula(text: str, policy: str) -> tuple[str, frozenset[str]]:
-    """Prepares an answer for the algebra; returns (formula without its unit, units)."""
+    """Prepares an answer for math-verify; returns (formula without its unit, units)."""
     folded = notation.fold(text)
     quantity = units.read_quantity(folded, policy)
     if quantity is not None and quantity.units != {"percent"}:

@@ -30,10 +30,11 @@ def extract_answer(text: str, pattern: str, where: str) -> str | None:
     Args:
       text: the completion.
       pattern: `boxed` extracts the content of the last `\boxed{...}` or `\boxed x` that is not
-        empty. Boxes with nothing but commas or "and" between them are one answer, a list. Braces
-        must balance; `\{` and `\}` do not count as braces. If the last box is never closed, there
-        is no answer, as in the reference code. `answer_is` extracts the text after the last "The
-        answer is", up to the end of the sentence or line, or to a reason ("since ...").
+        empty. Boxes that are separated only by commas or "and" form one answer, which is a list.
+        Braces must balance; `\{` and `\}` do not count as braces. If the last box is never closed,
+        there is no answer, as in the reference code. `answer_is` extracts the text after the last
+        "The answer is". This text ends with the sentence or the line, or before a reason ("since
+        ...").
       where: `last_after_think` searches after the last `</think>`. If a `<think>` is open at the
         end of the text, there is no answer yet. A text without think tags is searched as a whole.
         If the prompt opened a think block, the caller must put `<think>` in front of the text.
@@ -80,7 +81,7 @@ def _compile_between() -> re.Pattern[str]:
 
 
 def _read_box(text: str, start: int) -> tuple[str, int] | None:
-    """Reads the box at `start`; returns (content, end), or None if no complete box is there."""
+    """Returns (content, end) of the box at `start`, or None if `start` has no complete box."""
     at = start + len("\\boxed")
     if text[at : at + 1].isalpha():  # \boxedfoo is another command
         return None
@@ -93,7 +94,7 @@ def _read_box(text: str, start: int) -> tuple[str, int] | None:
 
 
 def _read_braces(text: str, start: int) -> tuple[str, int] | None:
-    """Returns the text in the braces at `start` and their end; None if they are never closed."""
+    """Returns (text, end) for the braces at `start`, or None if the braces are never closed."""
     depth = 0
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

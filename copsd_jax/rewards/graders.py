@@ -26,8 +26,8 @@ STATUSES = (
 )
 UNRESOLVED = ("timeout", "died", "too_long")  # undecided, but counted as wrong
 
-_CACHED = 100_000  # maximum number of comparisons and texts that are remembered
-_CLASS_LIMITS = 6  # a vote stops asking math-verify after this many times `seconds`
+_CACHED = 100_000  # maximum number of entries in each cache of a grader
+_CLASS_LIMITS = 6  # after this many time limits, a vote no longer asks math-verify
 
 Verdict = tuple[bool, str]  # (equal, status)
 
@@ -62,7 +62,7 @@ class Grader:
         self, pattern: str, where: str, seconds: float, kind: str = "strict",
         policy: str = "words", workers: int = 2, memory: int = 2 << 30,
     ):  # fmt: skip
-        # Refuses unknown names.
+        # This call refuses unknown values of `pattern` and `where`.
         extraction.extract_answer("", "boxed" if pattern in OTHERS else pattern, where)
         for name, value, choices in (("kind", kind, GRADERS), ("policy", policy, units.POLICIES)):
             if value not in choices:
@@ -74,7 +74,7 @@ class Grader:
         for worker in self._workers:
             self._idle.put(worker)
         self._cache: dict[tuple[str, str, bool], str] = {}
-        self._heavy: dict[str, str] = {}  # formulas that alone exceed a limit, with the status
+        self._heavy: dict[str, str] = {}  # formula that exceeds a limit by itself -> status
 
     def __enter__(self) -> "Grader":
         return self
@@ -114,7 +114,7 @@ class Grader:
         return reply == "equal", "symbolic" if reply in ("equal", "unequal") else reply
 
     def _ask(self, gold: str, answer: str, strict: bool) -> str:
-        """Asks a worker, once for each pair; a formula that exceeds a limit is not sent again."""
+        """Sends each pair to a worker once; sends no formula that is recorded in `_heavy`."""
         if max(len(gold), len(answer)) > numerals.LONGEST:
             return "too_long"
         key = (gold, answer, strict)
@@ -133,7 +133,7 @@ class Grader:
         return reply
 
     def _find_heavy(self, *answers: str) -> None:
-        """Records which answers exceed a limit even if they are compared with the number 1."""
+        """Records the formulas that exceed a limit even in a comparison with the number 1."""
         for answer in answers:
             formula = comparison.prepare_formula(answer, self._policy)[0]
             reply = self._ask(formula, "1", strict=True)
@@ -164,8 +164,9 @@ class Grader:
         """Groups equal answers; returns the index of each answer's class.
 
         Classes are numbered in order of first appearance. An answer is compared with the first
-        answer of each class. The class of None is -1. Equal strings are compared once. If the
-        grouping takes longer than several time limits, math-verify compares no further answers.
+        answer of each class. The class of None is -1. If several answers are equal strings, only
+        the first of these answers is compared. If the grouping takes longer than `_CLASS_LIMITS`
+        time limits, all further comparisons are made without math-verify.
         """
         deadline = time.monotonic() + _CLASS_LIMITS * self._seconds
         firsts: list[str] = []

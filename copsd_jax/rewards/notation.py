@@ -46,8 +46,8 @@ _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋]+")
 _PLAIN = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-n0123456789+-")
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 
-# The first alternative keeps row separators: without it, the second backslash of `\\ ` would be
-# read as the command `\ `.
+# The first alternative keeps row separators. Without this alternative, the second backslash of
+# `\\ ` would be read as the command `\ `.
 _COMMANDS = re.compile(
     r"""(?P<row>\\\\)(?:\s*\[[^\]\n]*\])?
     | (?P<none>\\!\s*|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits)
@@ -85,7 +85,7 @@ _OWN_END = re.compile(r"(?:\bp\.m|\ba\.m|[0-9a-z)\]}]!)[.,;:]*$")
 _EQUALS = re.compile(r"^(?:=|:|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|\\therefore(?![a-zA-Z]))\s*")
 _LIST_JOIN = re.compile(r"(?<=[\d)}\]])\s*,?\s+(?:and|or)\s+(?=[-\d(\\\[])")
 _MAXIMUM_DEPTH = 8
-_LONGEST = 10_000  # maximum length of a text whose notation is folded; some rules are quadratic
+_LONGEST = 10_000  # maximum length for all rules, because some rules take quadratic time
 
 
 def fold(text: str) -> str:
@@ -112,7 +112,7 @@ def fold(text: str) -> str:
 
 
 def _separate(match: re.Match) -> str:
-    r"""Returns the content of \text{...}; words are set off from digits by blanks."""
+    r"""Returns the content of \text{...}; adds blanks that separate words from digits."""
     inner = match[1]
     wordy = len(inner.strip()) > 1 or inner != inner.strip() or "{" not in match[0][:6]
     return f" {inner} " if wordy or match[0].startswith("\\text") else inner
@@ -126,7 +126,7 @@ def _fold_unicode(text: str) -> str:
     text = _RAISED.sub(lambda m: f"^{{{m[0].translate(_PLAIN)}}}", text)
     text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_PLAIN)}}}", text)
     text = "".join(_SYMBOLS.get(c, c) for c in text)
-    # A Greek letter inside a Greek word is text.
+    # A Greek letter inside a Greek word is not a mathematical symbol.
     return re.sub("(?<![α-ωΑ-Ω])[α-ωΑ-Ω](?![α-ωΑ-Ωά-ώ])", lambda m: _GREEK.get(m[0], m[0]), text)
 
 
@@ -136,7 +136,7 @@ def _spell_fraction(match: re.Match) -> str:
 
 
 def _fold_dollars(text: str) -> str:
-    """Removes the delimiters of mathematics; marks the other dollar signs as currency."""
+    """Removes the delimiters of mathematics; marks dollar signs that stand for a currency."""
     text = text.replace("\\$", DOLLAR)
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
         if text.lstrip().startswith(opening) and text.rstrip(" .\n").endswith(closing):

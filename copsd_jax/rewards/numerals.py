@@ -30,7 +30,7 @@ def _ethiopic(run: str) -> str:
         match = _ETHIOPIC_GROUP.fullmatch(group)
         if match is None:
             return run
-        # If no numeral comes before ፼ or ፻, ፼ means 10,000 and ፻ means 100.
+        # Without a numeral before the sign, ፼ means 10,000 and ፻ means 100.
         total = (total or min(index, 1)) * 10_000 + _pair(match[3])
         total += (_pair(match[1]) or 1) * 100 if match[2] else 0
     return str(total)
@@ -99,7 +99,7 @@ def parse_number(text: str, comma: bool = False) -> str | None:
 
 
 def parse_exact(text: str) -> fractions.Fraction | None:
-    """Returns the exact value of a number, fraction, mixed number or a number times 10^n.
+    """Returns the exact value of a number, a fraction, a mixed number, or a number times 10^n.
 
     The result is None for any other text.
     """

@@ -56,7 +56,8 @@ class Verdict:
         calls, the answer consists of the function names and the merged arguments.
       status: one of `STATUSES`; "raised" is followed by the exception's type ("raised:KeyError").
       feedback: sentences about the completion, without the gold answer; may be empty.
-      detail: if a user's function gave no reward, one line with what it raised or returned.
+      detail: one line about the exception or the value that a user's function gave instead of a
+        reward; otherwise empty.
     """
 
     reward: float
@@ -68,7 +69,7 @@ class Verdict:
 
 
 def lacks_reward(status: str) -> bool:
-    """Returns whether a status says that a user's function raised, or returned no finite number."""
+    """Returns whether a status means that a user's function failed to return a finite number."""
     return status.partition(":")[0] in ("raised", "no_number")
 
 
@@ -104,8 +105,8 @@ def build_rewarder(kind: str, grader: graders.Grader, form: str = "") -> Rewarde
     r"""Builds the rewarder for a value of `reward.kind`.
 
     Args:
-      kind: a key of `REWARDS`, or "module:function", the name of an importable function f(gold,
-        text). The named function returns a number or (number, feedback).
+      kind: a key of `REWARDS`, or the name "module:function" of an importable function f(gold,
+        text). This function returns a number or (number, feedback).
       grader: the grader of answers for the kind "answer"; the caller must close the grader.
       form: the answer form to show in the feedback text, with `{}` in place of the answer
         itself.
@@ -260,7 +261,7 @@ def _read_calls(text: str) -> _Calls:
 
 
 def _read_gold_calls(gold: str) -> _Calls:
-    """Reads gold calls, written like a completion or as a list of objects (ToolAlpaca)."""
+    """Reads gold calls that are written like a completion or as a list of objects (ToolAlpaca)."""
     if not gold.lstrip().startswith("["):
         names, arguments = _read_calls(gold)
     else:
@@ -350,7 +351,8 @@ def _compute_verdict(function: Callable, gold: str, text: str) -> Verdict:
         return _lack_reward(f"raised:{type(error).__name__}", detail)
     pair: Any = result if isinstance(result, tuple) else (result, "")
     returned = f"it returned a value of the type {type(result).__name__}"
-    # Methods of the user's object may raise, and Python cannot write an int of over 4,300 digits.
+    # Methods of the user's object may raise exceptions, and `repr` refuses very long integers (over
+    # 4,300 digits).
     with contextlib.suppress(Exception):
         typed = len(pair) == 2 and isinstance(pair[0], numbers.Real) and isinstance(pair[1], str)
         if typed and math.isfinite(number := float(pair[0])):
@@ -375,8 +377,8 @@ class Reward:
     Attributes:
       score: function of (rewarder, gold answers, texts) that returns one verdict per text.
       answer_forms: the values of prompt.answer for which this kind of reward can read answers.
-      read_gold: function that reads a gold answer or raises ValueError; None if every text is a
-        valid gold answer.
+      read_gold: function that reads a gold answer, and raises ValueError if the gold answer is
+        invalid. None means that every text is a valid gold answer.
       settings: names of the settings that only this kind reads.
     """
 
@@ -410,7 +412,7 @@ def check_gold_answers(
 
     Raises:
       ValueError: a gold answer cannot be read; the message names the first row with such an answer.
-        With the kind "answer", some answers may be unreadable, but not all.
+        With the kind "answer", the error is raised only if no gold answer can be read.
     """
     unreadable = find_unreadable(kind, golds)
     if unreadable and kind != "answer":

@@ -1,10 +1,15 @@
 """Numbers with units, currencies, counted nouns and scale words, in the languages of `units.json`.
 
-For each language, `units.json` has one entry per meaning of a word. Units and currencies may be
-left out of an answer. Scales multiply the number (thousand, lakh, 万). Values change the number in
-another way (half, squared). There are also powers (square, cubic) and joins (and, or). The field
-`checked` tells whether a speaker of the language has checked the entry; so far, it is false in all
-entries. Entries of the language `und` are international symbols.
+For each language, `units.json` has one entry per meaning of a word. Each entry belongs to one kind:
+
+    unit, currency   words that an answer may omit
+    scale            words that multiply the number (thousand, lakh, 万)
+    value            words that change the number in another way (half, squared)
+    power            words for an exponent of the unit (square, cubic)
+    join             words that connect the parts of an answer (and, or)
+
+The field `checked` tells whether a speaker of the language has checked the entry. So far, no entry
+has been checked. Entries of the language `und` are international symbols.
 """
 
 import collections
@@ -32,10 +37,10 @@ _NUMERAL = re.compile(
 _TRAILING_UNIT = re.compile(
     r"(?P<body>.*[\d\\)}\]].*?) (?P<unit>[^\d\\\s(){}=<>]{2,20}(?:\^ ?\{?[23]\}?)?)$"
 )
-_VARIABLES = re.compile("[a-df-hj-np-tv-z]{1,3}", re.IGNORECASE)  # letters that are rarely a word
+_VARIABLES = re.compile("[a-df-hj-np-tv-z]{1,3}", re.IGNORECASE)  # letters that rarely form a word
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "THAI", "LAO", "VAI")
 _ARABIC_MARKS = re.compile("[\u064b-\u0652\u0670]")
-_LONGEST_PHRASE = 3  # words
+_LONGEST_PHRASE = 3  # maximum number of words in a phrase
 _FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp lim max mod gcd lcm det arcsin arccos arctan".split()
 )
@@ -43,13 +48,13 @@ _FUNCTIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A number with the words beside it.
+    """A number, and the meanings of the words before and after the number.
 
     Attributes:
-      number: the numeral, as folded.
-      scale: the product of the scale words: 1000 for "8 thousand".
+      number: the numeral in folded spelling.
+      scale: the product of the scale words, such as 1000 for "8 thousand".
       units: the possible meanings of the listed unit; empty if no listed unit is present.
-      words: the other words, folded.
+      words: the words that are no unit, scale or power, in folded spelling.
     """
 
     number: str
@@ -66,7 +71,7 @@ class Quantity:
 
 @functools.cache
 def _load_words() -> dict[str, dict[str, set[str]]]:
-    """Loads the meanings of each word by kind; a folded word is an additional key."""
+    """Loads the meanings of each word by kind; lists each word as written and as folded."""
     table: dict[str, dict[str, set[str]]] = {}
     text = pathlib.Path(__file__).with_name("units.json").read_text(encoding="utf-8")
     for entry in json.loads(text):
@@ -96,7 +101,7 @@ def list_joins() -> tuple[str, ...]:
 
 
 def read_quantity(text: str, policy: str = "words") -> Quantity | None:
-    """Reads a folded text as one number with words beside it; None if it is anything else.
+    """Reads a folded text that is one number with words beside it; returns None for other texts.
 
     Args:
       text: the folded text.
@@ -128,7 +133,7 @@ def read_quantity(text: str, policy: str = "words") -> Quantity | None:
 
 
 def _read_words(text: str, before: bool, policy: str) -> Quantity | None:
-    """Reads the words on one side of a number; None if they are no unit, scale or noun."""
+    """Reads the words on one side of a number; returns None if a word is no unit, scale or noun."""
     spaced = text[-1:].isspace() if before else text[:1].isspace()
     text = re.sub(r"\^ ?\{? ?([23]) ?\}?", lambda m: "²" if m[1] == "2" else "³", text)
     if not before:
@@ -180,7 +185,7 @@ def _match_phrase(tokens: list[str], at: int) -> tuple[int, dict[str, set[str]]]
 
 
 def _find_units(word: str, kinds: dict[str, set[str]], before: bool, alone: bool) -> set[str]:
-    """Returns the possible meanings of a word as a unit; composites such as km/h are read too."""
+    """Returns the possible meanings of a word as a unit; also reads composite units like km/h."""
     parts = word.split("/")
     if len(parts) > 1:
         options = [_find_units(p, _look_up(p), before, alone) if p else set() for p in parts]
@@ -193,12 +198,12 @@ def _find_units(word: str, kinds: dict[str, set[str]], before: bool, alone: bool
     if len(word) == 1 and word.isascii() and word.isalpha():
         return currencies if before else units
     if len(word) <= 2 and word.isascii() and word.isalpha() and not alone:
-        return currencies  # "26 in total" names no inches
+        return currencies  # the "in" of "26 in total" does not mean inches
     return units | currencies
 
 
 def _split_unspaced(token: str) -> list[str]:
-    """Splits a token of a script without blanks into its listed words and the rest."""
+    """Splits a token of a script without blanks into listed words and the remaining text."""
     pieces, table = [], _load_words()
     while token and _is_unspaced(token[0]):
         size = next((n for n in range(min(12, len(token)), 0, -1) if token[:n] in table), 0)
@@ -214,7 +219,7 @@ def _is_unspaced(character: str) -> bool:
 
 
 def _look_like_nouns(words: set[str]) -> bool:
-    """Tells whether unlisted words may be a counted noun, and not variables."""
+    """Tells whether unlisted words may be counted nouns instead of variables."""
     return any(_is_spelt(word) for word in words)
 
 
@@ -245,9 +250,9 @@ def split_unit(text: str) -> tuple[str, frozenset[str]]:
 def agree(gold: Quantity, answer: Quantity, policy: str) -> bool:
     """Tells whether the units and nouns of two quantities agree.
 
-    If one side states nothing, the policy decides. If one side states a listed unit, the other must
-    state a unit with a common meaning. If both sides state only other words, one side must state
-    all words of the other.
+    If one side states neither a unit nor a noun, the policy decides. If at least one side states a
+    listed unit, the units of both sides must have a meaning in common. If neither side states a
+    listed unit, the words of one side must include all words of the other side.
     """
     stated = [bool(side.units or side.words) for side in (gold, answer)]
     if not all(stated):

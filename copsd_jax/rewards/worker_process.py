@@ -88,7 +88,7 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends the process; a later question starts a new one."""
+        """Ends the process; a later question starts a new process."""
         if self._process is None:
             return
         self._process.kill()

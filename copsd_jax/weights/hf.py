@@ -277,7 +277,7 @@ def save(
       source_path: the resolved path of the original model. The saved folder keeps the generation
         settings of the original model.
       tokenizer: the tokenizer, from `tokenizer.load`.
-      stop_ids: ids that end a text, in addition to those of the original model and the tokenizer.
+      stop_ids: ids that end a text, besides the stop ids of the original model and the tokenizer.
       shard_bytes: maximum size of the values in one file, in bytes; larger models are split into
         several files.
 

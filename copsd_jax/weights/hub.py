@@ -50,8 +50,8 @@ def resolve_model_path(
     if found is not None:
         if re.fullmatch("[0-9a-f]{40}", revision) and revision != find_commit(found):
             raise ValueError(
-                f"{setting} is {name!r}, which is a local path now, but model.revision, or the "
-                f"first start of the run, names commit {revision} of a repository: rename the "
+                f"{setting} is {name!r}, which is a local path now, but model.revision (or the "
+                f"first start of the run) names commit {revision} of a repository: rename the "
                 "local path, or start a new run"
             )
         if revision not in ("main", find_commit(found)):
@@ -83,7 +83,7 @@ def _find_local(name: str, setting: str) -> pathlib.Path | None:
 
 
 def _refuse_other_folder(path: pathlib.Path, setting: str, name: str) -> None:
-    """Refuses an empty folder and a work directory, which a user may take for a model."""
+    """Refuses empty folders and work directories, which users may mistake for models."""
     place = f"{setting} is {name!r}"
     if path.is_dir() and not any(path.iterdir()):
         needed = "a model has config.json, tokenizer.json and safetensors files"
@@ -128,8 +128,8 @@ def _download(repo: str, revision: str, weights: bool, setting: str) -> pathlib.
     patterns += ["model*.safetensors"] if weights else []
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-    # The errors of the library and of its HTTP client have no common class. They mean a network
-    # failure, a refusal by the hub, offline mode, or an impossible name or address.
+    # The errors of the library and of its HTTP client have no common class. Each error means a
+    # network failure, a refusal by the hub, offline mode, or an impossible name or address.
     except Exception as error:
         reason = re.sub("//[^/@ ]*@", "//", " ".join(str(error).split())) or type(error).__name__
         raise FileNotFoundError(

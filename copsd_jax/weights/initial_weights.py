@@ -1,4 +1,4 @@
-"""Weights from which a new run starts, instead of those of model.path (`model.init_from`).
+"""Weights from which a new run starts instead of the weights of model.path (`model.init_from`).
 
 The setting names a folder of one of three kinds:
 
@@ -7,9 +7,10 @@ The setting names a folder of one of three kinds:
     a PEFT folder               an adapter
     a Hugging Face folder       a model with the shape of model.path
 
-The policy with these weights is the initial policy of the new run, to which teacher.weights=fixed,
-teacher.weights=trust_region and policy.kl refer. An adapter that a run starts from becomes part of
-the State as the frozen adapter of the initial policy (see `train_step.State`).
+The policy with these weights is the initial policy of the new run. The settings
+teacher.weights=fixed, teacher.weights=trust_region and policy.kl refer to this initial policy. If a
+run starts from an adapter, the State keeps this adapter as the frozen adapter of the initial policy
+(see `train_step.State`).
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from copsd_jax.model import lora, transformer
 from copsd_jax.runtime import checkpoint, nonfinite, sharding, workdir
 from copsd_jax.weights import hf, hf_config, peft
 
-# The settings that decide the weights of a model with random weights.
+# The settings that determine the weights of a model with random weights.
 DRAWN_BY = ("seed", "model.init", "model.shape", "model.dtype")
 # A function that takes a tree, and returns the shardings of its leaves.
 FindShardings = Callable[[Any], Any]
@@ -38,7 +39,7 @@ class Source(NamedTuple):
     Attributes:
       kind: "run" (a checkpoint of a work directory), "adapter" (PEFT) or "model" (Hugging Face).
       folder: the folder; for a run, the folder of the checkpoint.
-      settings: the settings of the run by name; {} for the other kinds.
+      settings: the settings of the run by name; {} for the kinds "adapter" and "model".
     """
 
     kind: str
@@ -73,7 +74,7 @@ def resolve_initial_weights(path: str) -> str:
 
 
 def find_source(path: str) -> Source | None:
-    """Returns the folder that `model.init_from` names, with its kind; None for "".
+    """Returns the `Source` that `model.init_from` names; returns None for "".
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -96,7 +97,7 @@ def find_source(path: str) -> Source | None:
 
 
 def keeps_adapter(path: str, trainable: str) -> bool:
-    """Returns whether a run's initial policy has an adapter; if so, the run keeps it."""
+    """Returns whether a run's initial policy has an adapter; if so, the run keeps this adapter."""
     source = find_source(path) if trainable == "lora" else None
     return source is not None and source.is_adapter
 
@@ -132,7 +133,7 @@ def check_source(
     if source.is_adapter and lora_run:
         if settings["teacher.weights"] == "ema" and settings["policy.kl"] > 0:
             refuse(source, "with policy.kl, teacher.weights must not be 'ema', because a run keeps "
-                   "only one adapter besides the trained one; use 0 as policy.kl")  # fmt: skip
+                   "only one adapter besides the trained adapter; use 0 as policy.kl")  # fmt: skip
         targets, rank, alpha = _describe_adapter(source, shape)
         given = {"lora.targets": sorted(targets), "lora.rank": rank, "lora.alpha": alpha}
         for name, value in given.items():
@@ -161,7 +162,7 @@ def check_source(
 def _describe_adapter(
     source: Source, shape: transformer.ModelConfig
 ) -> tuple[Iterable[str], int, float]:
-    """Returns the targets, the rank and alpha of an adapter."""
+    """Returns the targets, the rank and the alpha of an adapter."""
     if source.kind == "adapter":
         found = peft.open_adapter(source.folder, shape)
         return found.targets, found.rank, found.alpha
@@ -178,7 +179,7 @@ def _check_base(source: Source, settings: Mapping[str, Any], base: pathlib.Path)
     own = fingerprint_base(None, base, settings["model.init"])
     if (theirs := start.get("model_fingerprint", own)) != own:
         refuse(source, f"the base weights of its adapter have the fingerprint {theirs[:12] or None}"
-               f", but those of model.path have {own[:12] or None}")  # fmt: skip
+               f", but the weights of model.path have {own[:12] or None}")  # fmt: skip
     for name in () if own else DRAWN_BY:
         was, now = source.settings[name], settings[name]
         if was != now and "auto" not in (was, now):  # auto may stand for either dtype
@@ -228,20 +229,20 @@ def load_initial(
     Args:
       source: the folder to start from, or None.
       path: the value of model.path, for messages.
-      load_base: function that loads base parameters: `load_base()` loads those of model.path, and
-        `load_base(folder)` loads those of a Hugging Face folder.
+      load_base: function that loads base parameters: `load_base()` loads the parameters of
+        model.path, and `load_base(folder)` loads the parameters of a Hugging Face folder.
       shape: the shape of the model.
       dtype: dtype of the base parameters.
       trainable: lora or full.
       find_shardings: function that returns the shardings of a tree.
 
     Returns:
-      The base parameters, and the trained tree in float32: an adapter or all parameters. None in
-      place of the trained tree means a new adapter or a copy of the base parameters.
+      The base parameters, and the trained tree in float32: an adapter or all parameters. If the
+      trained tree is None, the run trains a new adapter or a copy of the base parameters.
 
     Raises:
       checkpoint.UnusableCheckpoint: the folder to start from was damaged after it was checked.
-      NonFinite: a number is NaN or infinite; the message names the setting of the weights.
+      NonFinite: a number is NaN or infinite; the message names the setting for these weights.
     """
 
     def own() -> dict:
@@ -296,7 +297,7 @@ def _check_numbers(tree: dict, owner: str) -> dict:
 
 
 def _merge_initial_adapter(base: dict, adapter: dict, scale: float) -> dict:
-    """Returns base and adapter, merged in float32."""
+    """Merges an adapter into base parameters; computes in float32."""
     return lora.merge_adapter(jax.tree.map(lambda x: x.astype(jnp.float32), base), adapter, scale)
 
 

@@ -27,7 +27,7 @@ from copsd_jax.weights import names, tensor_files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FLOAT32 = np.dtype(np.float32)
 
-# USED lists the fields of adapter_config.json that `open_adapter` reads. DESCRIPTIVE lists those
+# USED lists the fields of adapter_config.json that `open_adapter` reads. DESCRIPTIVE lists fields
 # that do not change the numbers of a trained adapter.
 USED = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
 DESCRIPTIVE = (
@@ -40,7 +40,7 @@ DESCRIPTIVE = (
 # all other fields, the values in UNSET are neutral.
 UNSET = (None, False, [], {})
 PLAIN: dict[str, tuple] = {"bias": ("none",), "loftq_config": (None, {})}
-# Initialisations that leave the base weights as they are.
+# Initialisations that do not change the base weights.
 PLAIN_INIT = (True, False, "gaussian", "orthogonal")
 TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])\.weight")
 
@@ -51,9 +51,9 @@ class Adapter(NamedTuple):
     Attributes:
       targets: the projections that have an adapter, in the order of `lora.TARGETS`.
       rank: the rank.
-      alpha: the value of lora.alpha with which this package computes the same adapter.
-      read: function that returns the tree with the structure of `lora.init_adapter`, as float32
-        NumPy arrays.
+      alpha: the value of lora.alpha with which this package computes the same results as PEFT.
+      read: function that returns the adapter as a tree of float32 NumPy arrays; the tree has the
+        same structure as a tree from `lora.init_adapter`.
     """
 
     targets: tuple[str, ...]
@@ -65,7 +65,7 @@ class Adapter(NamedTuple):
 def open_adapter(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
     """Opens an adapter in PEFT's layout; reads only the headers of its files.
 
-    Only plain LoRA is accepted: every layer has the same projections, all of the same rank.
+    Only plain LoRA is accepted: all layers adapt the same projections with the same rank.
 
     Args:
       folder: the folder with the files CONFIG and WEIGHTS.
@@ -125,8 +125,8 @@ def _read_plain_config(file: pathlib.Path) -> tuple[int, float]:
         refuse(
             "init_lora_weights",
             "this initialisation changes the base weights, so the adapter does not fit the "
-            "original model; save it with path_initial_model_for_weight_conversion, which makes "
-            "it a plain adapter, or merge it and use the merged model",
+            "original model; use path_initial_model_for_weight_conversion to save a plain adapter, "
+            "or merge the adapter and use the merged model",
         )
     for name in ("r", "lora_alpha"):
         number: Any = raw.get(name)

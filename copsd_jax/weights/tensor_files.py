@@ -109,7 +109,7 @@ def open_file(file: pathlib.Path) -> dict[str, Tensor]:
         size = file.stat().st_size
         raise ValueError(f"{file} is truncated or damaged ({size} bytes): {error}") from error
     tensors = {}
-    for name in opened.keys():  # noqa: SIM118 - it is no mapping
+    for name in opened.keys():  # noqa: SIM118 - `opened` is no mapping
         stored = opened.get_slice(name)
         if (kind := stored.get_dtype()) not in DTYPES:
             raise ValueError(

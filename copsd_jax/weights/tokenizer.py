@@ -23,7 +23,7 @@ from copsd_jax.runtime import rust_errors
 from copsd_jax.weights import gguf_files, hf_config, hub, tensor_files
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types in GGUF files
-MAX_VOCABULARY = 10**7  # bound of token ids; the largest vocabularies have fewer than 300,000
+MAX_VOCABULARY = 10**7  # upper bound of ids; the largest vocabularies have fewer than 300,000 ids
 TRIAL_TEXTS = ("", "3 + 4?", " a\u0301b\n")  # encoded and decoded when a tokenizer is loaded
 
 
@@ -104,8 +104,8 @@ def _explain_errors(path: pathlib.Path) -> contextlib.AbstractContextManager[Non
 def _check_tokenizer(tok: transformers.PreTrainedTokenizerFast, path: pathlib.Path) -> None:
     """Refuses ids that no model has, and a tokenizer that fails at its first text.
 
-    When the library writes a tokenizer, it spends time and memory on every number from 0 to the
-    highest id, so a single wrong id that is very high could take all memory.
+    To write a tokenizer, the library spends time and memory on every number from 0 to the highest
+    id. A single wrong id that is very high could therefore take all memory.
     """
     with _explain_errors(path):
         highest = max(tok.get_vocab().values(), default=-1)
@@ -200,7 +200,7 @@ def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 
 
 def _get_list(fields: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> list:
-    """Returns a list of the metadata, after checking the kind of its entries."""
+    """Returns a list from the metadata after checking the type of the list's entries."""
     values = fields.get(key)
     if not isinstance(values, list) or not all(type(value) is kind for value in values):
         raise ValueError(
@@ -210,7 +210,7 @@ def _get_list(fields: Mapping[str, Any], key: str, kind: type, path: pathlib.Pat
 
 
 def _check_id(value: Any, key: str, count: int) -> int:
-    """Returns a token id of the metadata, after checking that the file has a token with this id."""
+    """Returns a token id from the metadata after checking that the file has such a token."""
     if type(value) is not int or not 0 <= value < count:
         raise ValueError(f"{key} is {value!r}, but the file has the ids 0 to {count - 1}")
     return value
@@ -222,7 +222,7 @@ def _post_processor(
     """Builds a post-processor that adds the BOS token to plain text if add_bos_token is true.
 
     Chat templates write the BOS token themselves. If the file has no entry add_bos_token, the BOS
-    token is added if the splitter is llama-bpe, as in llama.cpp.
+    token is added only for the splitter llama-bpe, as in llama.cpp.
     """
     default = fields["tokenizer.ggml.pre"] == "llama-bpe"
     if not fields.get("tokenizer.ggml.add_bos_token", default):
@@ -256,7 +256,7 @@ def find_stop_ids(
       The ids in ascending order.
 
     Raises:
-      ValueError: if there is no end-of-text id, or if the model does not have an id.
+      ValueError: if there is no end-of-text id, or if the model lacks one of the ids.
     """
     eos: Any = tok.eos_token_id
     ids = {*hf_config.read_stop_ids(path, vocab_size), eos, turn_end} - {None}
@@ -268,7 +268,7 @@ def find_stop_ids(
 def describe_contradictions(
     tok: transformers.PreTrainedTokenizerBase, turn_end: int | None
 ) -> list[str]:
-    """Returns a line for each contradiction between a tokenizer's files that does not stop a run.
+    """Describes contradictions in a tokenizer's files that do not stop a run, one in each line.
 
     Args:
       tok: the tokenizer, from `load`.
