@@ -125,7 +125,8 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
     chosen: dict[str, Any] = {"model.path": path, "train.schedule": "constant"}
     chosen |= (TINY if path == hub.TINY else {}) | dict(settings or {})
     config = config_lib.default()
-    # Student, teacher and evaluation get the same thinking setting. This file runs no evaluation.
+    # By default, teacher and evaluation get the student's thinking setting. `make_plan` checks the
+    # evaluation's setting, although this file runs no evaluation.
     thinking = chosen.get("prompt.thinking", config.prompt.thinking)
     config_lib.assign(config, {"teacher.thinking": thinking, "eval.thinking": thinking} | chosen)
     if config.method != "distill" or config.policy.weight or config.loss.rollout_clip:
@@ -143,7 +144,7 @@ def load_model(path: str = "tiny", settings: Mapping[str, Any] | None = None) ->
 
 
 def _refuse_unread_by_api(config: config_lib.Config, given: Mapping[str, Any]) -> None:
-    """Refuses settings that nothing reads; this file reads fewer settings than a run does."""
+    """Refuses settings that a run reads but the Python API does not read."""
     for name, value in given.items():
         unread = name in _UNREAD or name.partition(".")[0] in _UNREAD
         if unread and value != config_lib.SETTINGS[name].default:
@@ -154,7 +155,7 @@ def _refuse_unread_by_api(config: config_lib.Config, given: Mapping[str, Any]) -
 
 
 def _check_api_arguments(what: str, given: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Returns arguments for a dataclass; lists become tuples.
+    """Checks and returns the arguments of a dataclass; lists become tuples.
 
     Raises:
       ValueError: an argument is not a field of the dataclass, or has a wrong type.
@@ -183,7 +184,7 @@ def _check_api_arguments(what: str, given: Mapping[str, Any], kind: type) -> dic
 def build_prompts(
     model: Model, problem: str, *, solution: str, answer: str = "", lang: str = "en"
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Builds the student's and the teacher's prompt for one problem, with the chat template.
+    """Builds the student's and the teacher's prompt for one problem, in the same way as a run.
 
     >>> import copsd_jax
     >>> model = copsd_jax.load_model("tiny")

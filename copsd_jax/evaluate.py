@@ -54,7 +54,7 @@ def evaluate(
     progress: Callable[[loop.Stats], None] | None = None,
     partial: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Samples completions from a policy, eval.samples for each problem; grades and scores them.
+    """Samples eval.samples completions per problem; grades and scores the completions.
 
     Random streams depend only on the seed, the problem and the sample. Two policies are therefore
     compared with the same random numbers.
@@ -76,7 +76,8 @@ def evaluate(
     Raises:
       failures.UnusableFile: another evaluation wrote `partial`, or the file is damaged.
       failures.EngineError: the server failed, or more than half of the samples were lost.
-      failures.RefusedRun: more than half of the samples were lost, mostly by the reward function.
+      failures.RefusedRun: more than half of the samples were lost, mostly because the reward
+        function failed.
       NonFinite: more than half of the samples were lost, mostly because logits were not finite.
     """
     plan, n = r.plan, r.plan.config.eval.samples
@@ -127,7 +128,7 @@ class _Said(NamedTuple):
 def _sample_evaluation(
     r: loaded_run.LoadedRun, policy, asked, ids, keys, progress, partial
 ) -> list[_Said]:
-    """Returns all completions: reads them from the file, and samples those that the file lacks.
+    """Reads the completions that the file has, and samples the completions that the file lacks.
 
     The first line of the file describes the evaluation. Every other line contains one completion,
     such as `{"index": 3, "id": "row 1", "ids": [5, 9], "finish": "stop"}`.
@@ -162,9 +163,9 @@ def _sample_evaluation(
                 noun = "samples of an evaluation"
                 why = failed_steps.describe_lost_completions("failed", failed, len(asked), noun)
                 raise failures.EngineError(why)
-            # A call gives up its remaining samples if more than half of its samples failed. If a
-            # continued evaluation lacks only a few samples, a few failures are enough. Therefore
-            # samples that were given up are drawn again.
+            # If more than half of a call's samples failed, the call gives up its other samples. If
+            # a continued evaluation lacks only a few samples, a few failures are enough for this.
+            # Therefore this loop repeats the samples that a call gave up.
             todo = [i for i, x in zip(todo, made, strict=True) if given_up(x)]
     return [said[i] for i in range(len(asked))]
 
@@ -199,7 +200,7 @@ def _fingerprint_evaluated_policy(policy: policy_lib.Policy) -> list[int]:
 def _read_partial_evaluation(
     partial: pathlib.Path, what: dict[str, Any], ids: Sequence[str]
 ) -> dict[int, _Said]:
-    """Returns a stopped evaluation's completions, keyed by index; prepares the file for more.
+    """Returns a stopped evaluation's completions, keyed by index; prepares the file for new ones.
 
     An incomplete last line is removed from the file, with a message. Completions of another policy
     or for other prompts are discarded with a message, and a new file is started. If the step was
@@ -280,10 +281,10 @@ def _score_evaluation(
 
 
 def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict[str, Any] | None:
-    """Reads the result of an evaluation; returns None if it lacks some of the problems.
+    """Reads the result of an evaluation; returns None if the result lacks a problem in `rows`.
 
-    A result lacks problems if the file does not exist, or if eval.limit has been raised since. A
-    result with further problems is returned as it is.
+    This is the case if the file does not exist, or if eval.limit was raised after the evaluation.
+    A result that has additional problems is returned unchanged.
 
     Args:
       file: the file of the result.
@@ -360,8 +361,8 @@ def evaluate_step(
       r: the loaded run, with an open grader.
       state: the state with the student's weights.
       step: the step number, which is stored in the result.
-      file: the file for the result. If an earlier evaluation was stopped, it is continued; see
-        `evaluate`.
+      file: the file for the result. If an earlier evaluation for this file was stopped, this call
+        continues that evaluation; see `evaluate`.
       label: the text at the start of the progress line.
 
     Returns:
@@ -399,8 +400,8 @@ def main(argv: list[str]) -> int:
 
     The exit code is 0 if every requested checkpoint was evaluated, 1 if a server or the disk
     failed, 2 after another error, 3 if the weights or most logits are not finite, and 130 or 143
-    after Ctrl-C or SIGTERM. Without --steps, a damaged checkpoint is skipped; if all are
-    damaged, the exit code is 2.
+    after Ctrl-C or SIGTERM. Without --steps, a damaged checkpoint is skipped. If all checkpoints
+    are damaged, the exit code is 2.
     """
     args = parse_evaluate_flags(argv)
     try:
@@ -431,7 +432,7 @@ def _plan_evaluation(args: argparse.Namespace) -> run_plan.Plan:
 
 
 def _check_partials(out: pathlib.Path, steps: Sequence[int]) -> None:
-    """Checks before any weights are loaded that the files of stopped evaluations are intact."""
+    """Checks that the files of stopped evaluations are intact, before any weights are loaded."""
     for step in steps:
         path = workdir.partial_file(out / workdir.step_file(out, "eval", step).name)
         if path.is_file():

@@ -36,8 +36,8 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
     add("--step", type=int, default=-1, help="checkpoint; default: the newest")
     add(
         "--format", default="hf", choices=("hf", "peft", "base"),
-        help="hf: the whole model, the adapter merged (default); peft: the adapter alone; base: "
-        "the model before training, without an adapter",
+        help="hf: the whole model with the adapter merged (default); peft: the adapter alone; "
+        "base: the model before training, without an adapter",
     )  # fmt: skip
     return parser.parse_args(argv[1:])
 
@@ -45,7 +45,8 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
 def _check_out(out: pathlib.Path) -> None:
     """Refuses a directory that is neither new nor empty, or that cannot be created.
 
-    The files are written to a directory beside `out`, which is then renamed to `out`.
+    The program writes the files to a temporary directory beside `out`, and then renames the
+    temporary directory to `out`.
     """
     workdir.check_writable(out.resolve().parent, "--out", out)
     if out.is_mount():
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check_step(args: argparse.Namespace) -> None:
-    """Checks before any weights are loaded that --step fits --format and has a checkpoint."""
+    """Checks that --step fits --format and has a checkpoint, before any weights are loaded."""
     saved = checkpoint.Checkpoints(args.workdir / "checkpoints").steps()
     if args.format == "base":
         if args.step != -1:
@@ -102,7 +103,7 @@ def _check_step(args: argparse.Namespace) -> None:
 
 
 def _load_checkpoint(args: argparse.Namespace, initial: train_step.State) -> train_step.State:
-    """Loads the checkpoint that --step names, or the newest."""
+    """Loads the checkpoint that --step names, or the newest whole checkpoint."""
     with checkpoint.Checkpoints(args.workdir / "checkpoints") as checkpoints:
         if args.step != -1:
             return checkpoints.load(args.step, initial)

@@ -3,7 +3,7 @@
     python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--init_from=W2]
         [--config.A.B=X ...]
 
-Everything is written into the work directory (default: runs/<config>[-<preset>]). To continue a
+The run writes everything to the work directory (default: runs/<config>[-<preset>]). To continue a
 stopped run, give the same command again. `--init_from` starts a new run from other weights: the
 newest checkpoint of a work directory, a PEFT adapter, or a Hugging Face model.
 

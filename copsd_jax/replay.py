@@ -2,13 +2,14 @@
 
     python -m copsd_jax.replay --workdir=W --step=25
 
-A step is bad if its loss or its gradient is not finite. The program loads the run's weights. From
-W/bad, it loads the state and the inputs that the run wrote there. Then it runs the same compiled
-step. It needs as many devices as the run had.
+A step is bad if its loss or its gradient is not finite, or if the logits of more than half of its
+completions were not finite. The program loads the run's weights. From W/bad, it loads the state and
+the inputs that the run wrote there. Then it runs the same compiled step. The program needs as many
+devices as the run had.
 
-Exit codes: 0 (loss and gradient norm have the same bits as in the run, where NaN equals NaN), 1
-(they differ), 2 (a file is missing or cannot be used), 3 (the weights of `model.path` are not
-finite).
+Exit codes: 0 (loss and gradient norm equal those of the run, where NaN equals NaN), 1 (loss or
+gradient norm differs), 2 (a file is missing or cannot be used), 3 (the weights of `model.path` are
+not finite).
 """
 
 import argparse
@@ -38,7 +39,7 @@ from copsd_jax.teaching import prompts
 from copsd_jax.training import layout, loaded_run, rollouts, run_plan, train_step
 
 _SIDE = layout.Side(*range(len(layout.Side._fields)))
-# The tree in the file of a bad step; the values of the leaves are not read.
+# The structure of the tree in the file of a bad step; the leaves are only placeholders.
 _CONTENT: dict[str, Any] = {
     "inputs": {
         "batch": layout.Batch(_SIDE, _SIDE, *range(len(layout.Batch._fields) - 2)),
@@ -95,7 +96,7 @@ def _read_step(directory: pathlib.Path, step: int) -> tuple[dict, pathlib.Path]:
 
 
 def _load_replay_config(directory: pathlib.Path) -> config_lib.Config:
-    """Returns the run's settings, its mesh included, for one process that samples nothing."""
+    """Returns the run's settings, including the mesh, for one process that samples nothing."""
     config = workdir.load_run_config(directory)
     # Another mesh or another form of attention would add the same numbers in another order.
     own = workdir.read_all_settings(directory)
@@ -162,7 +163,7 @@ def _describe_replayed_gradient(gradient: dict) -> list[str]:
 
 
 def _describe_replayed_tokens(aux: train_step.Aux, batch: layout.Batch) -> list[str]:
-    """Describes for each completion the tokens at which a value is not finite."""
+    """Lists the tokens of each completion at which a value is not finite."""
     lost_BC = np.zeros(batch.mask_BC.shape, bool)
     for value_BC in jax.tree.leaves((aux.tokens, aux.policy)):
         lost_BC |= ~np.isfinite(value_BC) & batch.mask_BC

@@ -9,13 +9,14 @@ random adapter, which is dropped after the test. All numbers are means over toke
     effect    |ln p with the random adapter - ln p without it|, both in the trainer
     signal    |ln p of the teacher - ln p of the student|, if there is a teacher
     distance  ln p of the student - ln p of the teacher, with its sign
-    equal     the signal if both sides get the student's prompt; it is only rounding, because
-              student and teacher have equal weights before the first step
+    equal     the signal if both sides get the student's prompt; only rounding can make this number
+              differ from 0, because student and teacher have equal weights before the first step
 
 The test passes if sampler and trainer differ only by rounding. This means:
 
-  - The noise is at most an entry of `BOUNDS`. The noise of first tokens alone is at most `FIRST`
-    times this bound; an error may concern only the first token of a completion.
+  - The noise is at most an entry of `BOUNDS`. The noise at first tokens alone is at most `FIRST`
+    times this bound. The second check finds errors that concern only the first token of a
+    completion.
   - The noise is at most `SHARE` times the effect, and at most `SHARE` times the signal. If sampler
     and trainer applied the adapter differently, the noise would be about as large as the effect.
   - `equal` is at most the bound of the dtype, and the distance is at most `FARTHEST`. Larger values
@@ -47,7 +48,7 @@ SHARE = 0.2  # largest noise, as a share of the effect, and as a share of the si
 LEAST = 0.01  # a noise of at most this share of its bound is not compared with the effect
 BOUNDS = {"float32": 5e-4, "bfloat16": 0.06}  # largest noise, in nats per token
 INT8_BOUND = 0.3  # largest noise if the sampler rounds weights or cache to int8
-FIRST = 3.0  # the bound for the first tokens is larger by this factor, because they are few
+FIRST = 3.0  # factor by which the bound for first tokens is larger, because they are few
 FARTHEST = 5.0  # largest mean of ln p of the student - ln p of the teacher, in nats per token
 OFF = " (docs/self_test.md; check.self_test=False skips this test)"
 
@@ -56,11 +57,11 @@ class _SelfTestProbe(NamedTuple):
     """The problems of the test, one or more per batch shard.
 
     Attributes:
-      section: the section of the settings by which the sampler draws: rollout or eval.
-      asked: the prompts from which the sampler draws; the trainer gives them to the student.
+      section: the section of the settings that the sampler uses: rollout or eval.
+      asked: the prompts that the sampler completes, and that the student gets in the trainer.
       told: the prompts that the trainer gives to the teacher; None if the run has no teacher.
-      equal: whether the trainer can also give the student's prompts to the teacher. With worked
-        examples it cannot, because the examples of both sides have different lengths.
+      equal: whether the trainer can also give the student's prompts to the teacher. The trainer
+        cannot do this if the two sides have different worked examples before their prompts.
     """
 
     section: str
@@ -82,14 +83,14 @@ class _SelfTestCompletions(NamedTuple):
 
 
 def check(r: loaded_run.LoadedRun, state: train_step.State) -> str:
-    """Checks that sampler, student and teacher fit together; returns a line about the result.
+    """Checks that sampler and trainer agree about student and teacher; returns a line of results.
 
     Args:
       r: the loaded run.
       state: the state at step 0.
 
     Raises:
-      failures.RefusedRun: they do not fit together; the message says what differs.
+      failures.RefusedRun: a check failed; the message says what differs.
       failures.EngineError: with sampler.engine=server, the server failed.
     """
     _check_new_adapter(r, state)
@@ -131,7 +132,7 @@ def _refuse(reason: str) -> failures.RefusedRun:
 
 
 def _check_prompts(r: loaded_run.LoadedRun, probe: _SelfTestProbe) -> None:
-    """Checks that a completion follows the same text on both sides."""
+    """Checks that the prompts of both sides end in the same text and the same template state."""
     plan = r.plan
     if probe.told is None or plan.config.parity.template_mismatch:
         return
@@ -140,7 +141,7 @@ def _check_prompts(r: loaded_run.LoadedRun, probe: _SelfTestProbe) -> None:
     if plan.student.template == "chat":
         turns = conversations.render_messages(plan.student, row, conversations.STUDENT)
         found = asked.text.rpartition(turns[-1]["content"].strip())
-        tail = found[2] if found[1] else ""  # a template may change the white space of a content
+        tail = found[2] if found[1] else ""  # a template may change the white space of a message
     if asked.state != told.state or not told.text.endswith(tail):
         raise _refuse(
             f"the student's completion follows {tail!r}, but the teacher's follows "
@@ -149,7 +150,7 @@ def _check_prompts(r: loaded_run.LoadedRun, probe: _SelfTestProbe) -> None:
 
 
 def _check_new_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> None:
-    """Checks that an adapter that is new in this run changes nothing."""
+    """Checks that the adapter changes nothing if the adapter is new in this run."""
     c = r.plan.config
     if c.train.trainable == "full" or (r.plan.start is not None and r.plan.start.is_adapter):
         return
@@ -187,7 +188,7 @@ def _shake_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> train_st
 def _draw_test_completions(
     r: loaded_run.LoadedRun, probe: _SelfTestProbe, state: train_step.State
 ) -> _SelfTestCompletions:
-    """Draws a completion per problem, with log-probabilities."""
+    """Draws one completion per problem, with log-probabilities."""
     plan = r.plan
     real_V = np.zeros_like(plan.vocabulary.valid_V)
     real_V[sorted(plan.tokenizer.get_vocab().values())] = True
@@ -224,15 +225,16 @@ def _build_scores(
 ) -> Callable[[train_step.State], Any]:
     """Builds the function that maps a state to the trainer's scores of the completions.
 
-    If `probe.equal`, every completion is scored twice: first with the teacher's own prompt, and
-    then with the student's prompt on both sides. The teacher's worked examples are encoded once,
-    with the teacher's initial weights, because nothing reads the teacher's scores in other states.
+    If `probe.equal` is true, every completion is scored twice: first with the teacher's own prompt,
+    and then with the student's prompt on both sides. The teacher's worked examples are encoded
+    once, with the teacher's initial weights, because nothing reads the teacher's scores in other
+    states.
     """
     times = 1 + probe.equal
     told = None if probe.told is None else [*probe.told, *(probe.asked if probe.equal else ())]
     batch = _build_self_test_batch(r, probe.asked * times, told, drawn.completions * times)
     options = dataclasses.replace(r.options, micro_batches=1, group=0)
-    if options.divergence:  # all numbers at one temperature
+    if options.divergence:  # computes all numbers at one temperature
         at = options.divergence.sampling_temperature if r.plan.server is None else drawn.temperature
         options = dataclasses.replace(options, divergence=dataclasses.replace(
             options.divergence, temperature=at, sampling_temperature=at
@@ -258,7 +260,7 @@ def _build_self_test_batch(
     r: loaded_run.LoadedRun, asked: Sequence[prompts.Prompt],
     told: Sequence[prompts.Prompt] | None, completions: Sequence[loop.Completion],
 ) -> layout.Batch:  # fmt: skip
-    """Builds the layout of a training step, packed or not, with two or more rows per shard."""
+    """Builds a batch in the layout of a training step, packed or not packed."""
     batch = layout.build_batch(
         [prompt.ids for prompt in asked],
         None if told is None else [prompt.ids for prompt in told],
@@ -284,12 +286,12 @@ def _build_self_test_batch(
 
 
 class _SelfTestNumbers(NamedTuple):
-    """Measurements in nats per token; None for a measurement that the run does not allow.
+    """Measurements in nats per token; None if the run does not allow a measurement.
 
     Attributes:
       noise: the difference between sampler and trainer.
       first: the same difference at the first token of each completion.
-      effect: the change of the student's log-probabilities by the random adapter.
+      effect: the amount by which the random adapter changes the student's log-probabilities.
       signal: the difference between student and teacher, each with its own prompt.
       distance: the mean of ln p of the student - ln p of the teacher, each with its own prompt.
       equal: the difference between student and teacher with equal prompts and initial weights.

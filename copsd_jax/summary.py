@@ -101,7 +101,7 @@ def _summarize_golds(kind: str, rows: list[problem_row.Row]) -> str:
 
 
 def _summarize_data(plan: run_plan.Plan) -> list[str]:
-    """Describes data that may not be what the user wants, one line each."""
+    """Returns one line for each property of the data that the user may not intend."""
     c, lines = plan.config, []
     counts = collections.Counter(row.lang for row in plan.rows)
     weights = tuple(c.data.weights) or (1.0,) * len(c.data.lang)
@@ -169,7 +169,8 @@ def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates
       c: the settings of the run, with the new number of steps.
       before: the former number of steps.
       done: the number of steps already done.
-      updates: how many of these steps changed the weights; the schedule counts only these.
+      updates: the number of these steps that changed the weights. The schedule counts only steps
+        that change the weights.
     """
     old, new = (float(builders.build_optimizer(c, n)[1](updates)) for n in (before, c.train.steps))
     end = f" and falls to 0 after step {c.train.steps}"

@@ -107,7 +107,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
       continued: whether the directory already contains the run.
 
     Returns:
-      The number of the run's steps that were skipped, because they failed.
+      The number of failed steps in the whole run; these steps were skipped.
 
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
@@ -182,7 +182,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
       NonFinite: the weights are not finite, or guards.bad_steps steps in a row were bad.
-      failures.EngineError: a server failed, or guards.bad_steps steps in a row did.
+      failures.EngineError: a server failed, or guards.bad_steps steps in a row failed.
     """
     plan, c = r.plan, r.plan.config
     written = processes.run_on_leader(lambda: metric_files.read_metric_lines(directory, first))
@@ -217,7 +217,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 last = number == c.train.steps or bool(guard["stopped"])
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
                 lines += [f"guard: {event.text}" for event in events]
-                _show(progress, lines)  # `check_sampler_server_gap` may end the run
+                _show(progress, lines)  # first, because the next line may end the run
                 lines = sampler_server.check_sampler_server_gap(c, number, values)
                 # A step's checkpoint is saved after its metrics and records. A continued run
                 # therefore finds the metrics and records of all steps up to its checkpoint, and
@@ -243,7 +243,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 print(refusal, flush=True)
         checkpoints.wait()  # if the save fails, the run does not count as saved
         raise
-    checkpoints.wait()  # here, a first signal does not yet end the process
+    checkpoints.wait()  # during this wait, a first signal does not end the process
     return state, guard["stopped"]
 
 
@@ -307,9 +307,11 @@ def _run_training_step(
 ) -> tuple[State, list[dict], dict]:
     """Trains on a batch made from the rows; returns the next state, the records and the metrics.
 
-    `expected` has the time at which the step is expected to end, and the seconds of a save.
+    `expected` contains the time at which the step will probably end, and the duration of a save in
+    seconds.
     """
-    # The optimizer's count decides the rate; a step without an update does not advance the count.
+    # The learning rate depends on the optimizer's count of updates. A step without an update does
+    # not advance this count.
     updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
     # Once the compiled step has begun, the old state is gone, so the step has to be completed.
     with timer("rollout"), r.stop.leave_if_late(*expected):
@@ -326,7 +328,7 @@ def _run_training_step(
     inputs = {"batch": packed, "student_prefix": work.student_prefix, "lr_factor": factor}
     bad.record(step + 1, state, inputs, aux.metrics, failure)
     aux.metrics["failed"] = np.float32(failure is not None)
-    del aux.metrics["weights_finite"]  # a run goes on only if it is 1
+    del aux.metrics["weights_finite"]  # a run continues only if this value is 1
     values = {
         **rollout_records.drop_empty_means(r.options.policy, aux.metrics),
         **layout.measure_fill(packed),
@@ -354,7 +356,7 @@ def _get_evaluation(
     known = processes.run_on_leader(lambda: evaluate.read_evaluation(path, r.plan.eval_rows))
     if known is not None and evaluate.fits_policy(r, state, known, path):
         return known
-    # An evaluation may be left at any time, because its completions are kept.
+    # A stop may interrupt an evaluation at any time, because the file keeps the completions.
     with r.stop.leave_if_late(math.inf):
         return evaluate.evaluate_step(r, state, step, path, f"evaluation at step {step}:")
 

@@ -3,13 +3,14 @@
 A step is bad if its loss or its gradient is not finite, or if the logits of more than half of its
 completions were not finite. A step failed if a server or a reward function gave too few usable
 results for the step. Bad and failed steps do not change the weights. A failed step has no files,
-because the same inputs need not fail again.
+because the same inputs may succeed when the step is run again.
 
     W/bad/step_000025.npz    inputs and results of a bad step, as the compiled step got them
     W/bad/state_000024/      the state of the last good step, which bad steps do not change
 
-The state is written once for each streak, which is a series of consecutive bad steps. Both files
-are evidence: no run continues from them. `python -m copsd_jax.replay` runs the step again.
+The state is written once for each streak, which is a series of consecutive bad steps. The files
+of bad steps are only evidence, so no run continues from them. `python -m copsd_jax.replay` runs a
+bad step again.
 """
 
 import io
@@ -29,15 +30,15 @@ import numpy as np
 from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, storage
 
 STREAKS = 3  # number of newest streaks whose files are kept
-BATCHES = 10  # number of steps of a streak whose inputs are written
+BATCHES = 10  # number of steps per streak for which the inputs are written
 
 
 class Failure(NamedTuple):
-    """Why a step failed.
+    """The reason why a step failed.
 
     Attributes:
-      reason: one sentence without a period.
-      refused: whether a server refused every request, so that the cause is probably a setting.
+      reason: the reason, as one sentence without a period.
+      refused: whether a server refused every request, which suggests that a setting is wrong.
     """
 
     reason: str
@@ -55,15 +56,15 @@ class BadSteps:
     """
 
     def __init__(self, directory: pathlib.Path, limit: int, written: Sequence[str] = ()):
-        """Begins with the counts after the steps in `written`.
+        """Computes the initial counts from the lines in `written`.
 
-        A run may continue in the middle of a streak: the last step of a run is saved even if it is
-        bad, and train.steps may be raised afterwards.
+        The last step of a run is saved even if it is bad. If train.steps is raised afterwards, the
+        run continues in the middle of a streak.
 
         Args:
           directory: the work directory.
-          limit: number of consecutive bad steps, or failed steps, that stops the run; 0 never stops
-            the run.
+          limit: number of consecutive bad steps after which the run stops; the same number applies
+            to consecutive failed steps. 0 means no limit.
           written: the lines of metrics.jsonl up to the step from which the run continues.
         """
         self._directory, self._limit = directory, limit
@@ -83,9 +84,9 @@ class BadSteps:
         Args:
           step: the number of the step, counted from 1.
           state: the state after the step; a bad step changes only the state's step number.
-          inputs: the other inputs of the step, as a tree of NumPy arrays and None.
+          inputs: the inputs of the step without the state, as a tree of NumPy arrays and None.
           metrics: the metrics of the step.
-          failure: why the step failed; None if it did not.
+          failure: the reason why the step failed, or None if it did not fail.
         """
         self._metrics, self._failure = dict(metrics), failure
         self.failed = self.failed + 1 if failure else 0
@@ -100,7 +101,7 @@ class BadSteps:
         processes.run_on_leader(lambda: _write_arrays(step_file(self._directory, step), content))
 
     def describe(self, step: int) -> list[str]:
-        """Returns a line about the step if it is bad or failed, and otherwise no line."""
+        """Returns the lines that describe a bad or failed step, or [] for a good step."""
         lines = [f"step {step} is skipped: {self._failure.reason}"] if self._failure else []
         if self.streak:
             kept = "so the weights stay as they were"
@@ -108,7 +109,7 @@ class BadSteps:
         return lines
 
     def refuses_save(self, step: int, last: bool) -> list[str]:
-        """Returns a line that says why the step is not saved; returns no line if it is saved.
+        """Returns one line with the reason why a step is not saved, or [] if the step is saved.
 
         Because the steps of a streak are not saved, a continued run repeats the whole streak, and
         stops at the same step. The last step of a run is saved in any case.
@@ -192,9 +193,10 @@ def _list_numbers(folder: pathlib.Path, pattern: str) -> list[int]:
 
 
 def _remove_old_streaks(folder: pathlib.Path, step: int) -> None:
-    """Removes the oldest streaks, so that there is room for the streak that begins at a step.
+    """Removes the files of the oldest streaks before a new streak begins at `step`.
 
-    An earlier start of the run may have left files of this or later steps; they are removed too.
+    If an earlier start of the run wrote files of `step` or of later steps, these files are removed
+    too.
     """
     states = _list_numbers(folder, "state_*")
     earlier = [n for n in states if n < step - 1]
@@ -208,7 +210,10 @@ def _remove_old_streaks(folder: pathlib.Path, step: int) -> None:
 
 
 def _write_arrays(path: pathlib.Path, tree: Any) -> None:
-    """Writes the arrays of a tree, named by path; a reader sees the whole file or no file."""
+    """Writes the arrays of a tree to an .npz file, each under the name of its path in the tree.
+
+    The file gets its name only when it is complete, so a reader never sees a part of it.
+    """
     named = jax.tree_util.tree_leaves_with_path(tree)
     content = io.BytesIO()
     spell = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
@@ -220,9 +225,9 @@ def _write_arrays(path: pathlib.Path, tree: Any) -> None:
 
 
 def read_arrays(path: pathlib.Path, like: Any) -> Any:
-    """Reads the arrays that `BadSteps` wrote, into a tree of the form of `like`.
+    """Reads the arrays that `BadSteps` wrote; returns a tree with the structure of `like`.
 
-    Leaves of `like` that the file lacks become None.
+    If the file has no array for a leaf of `like`, this leaf is None in the result.
 
     Raises:
       ValueError: the file is damaged.

@@ -27,23 +27,24 @@ from orbax.checkpoint import v1 as ocp
 from copsd_jax.runtime import manifest, processes, storage
 
 NAME = "state"
-# If its metadata has this entry, a checkpoint without a manifest is incomplete, and not just old.
+# A checkpoint whose metadata has this entry must have a manifest. Checkpoints of earlier versions
+# have neither this entry nor a manifest.
 _MARK = "manifest"
 
 
 class UnusableCheckpoint(ValueError):
-    """A checkpoint that cannot be loaded, described in one sentence."""
+    """An error that says in one sentence why a checkpoint cannot be loaded."""
 
 
 class DamagedCheckpoint(UnusableCheckpoint):
-    """A checkpoint that is not whole, described by the first half of a sentence."""
+    """An error that says why a checkpoint is not whole; callers may append a remark."""
 
 
 @contextlib.contextmanager
 def _silence_orbax() -> Iterator[None]:
     """Drops Orbax's log messages within the block.
 
-    Orbax logs an error of the disk three times, in 300 lines, and raises it as well.
+    If the disk fails, Orbax logs the error three times, in 300 lines, and also raises the error.
     """
 
     def is_foreign(record: logging.LogRecord) -> bool:
@@ -81,7 +82,7 @@ def _find_disk_error(error: BaseException) -> str:
 def _raise_if_unreadable(folder: pathlib.Path, error: Exception) -> None:
     """Raises a StorageError if Orbax's error means that the disk failed or refused access.
 
-    Orbax reports the errors of some files only as text.
+    For some files, Orbax gives the disk's error only in the text of an error of its own.
     """
     if reason := _find_disk_error(error):
         raise storage.StorageError(f"{folder} cannot be read ({reason})") from error
@@ -97,7 +98,7 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
     """Checks that the saved leaves whose names begin with `prefix` have the shapes of `like`."""
     added, new = _read_added_metadata(folder), _shapes(like)
     if "shapes" not in added:
-        return  # a state in W/bad of an earlier version, which `_load` refuses if it does not fit
+        return  # an earlier version wrote this state to W/bad; `_load` checks the shapes
     old = added["shapes"]
     old = {name: shape for name, shape in old.items() if name.startswith(prefix)}
     saved, wanted = (
@@ -113,7 +114,7 @@ def _compare_shapes(folder: pathlib.Path, prefix: str, like: Any) -> None:
 
 
 def _find_damage(folder: pathlib.Path) -> str:
-    """Returns why this process's share of a checkpoint is not whole; "" if it is whole."""
+    """Returns why this process's share of a checkpoint is damaged, or "" if it is whole."""
     with storage.explain(folder, "read"):
         if not any(folder.iterdir()):
             return "the folder is empty"
@@ -138,7 +139,8 @@ def _raise_if_damaged(folder: pathlib.Path, reason: str) -> None:
 
 def _load(folder: pathlib.Path, like: dict[str, Any]) -> dict[str, Any]:
     state, reason = {}, ""
-    # A folder with a manifest has already passed its check, so an error here is not damage.
+    # A folder with a manifest has already been compared with the manifest, so damage cannot be the
+    # cause of an error here.
     whole = processes.run_on_leader((folder / manifest.NAME).exists)
     try:
         state = ocp.load_checkpointables(str(folder.resolve()), like)
@@ -158,8 +160,8 @@ class Checkpoints:
     """The checkpoints of one work directory.
 
     All processes call the same methods in the same order. `save_seconds` is the duration of the
-    last complete save. Only the leading process computes checksums, renames and removes. Leaving
-    the `with` block waits until an unfinished save is complete.
+    last complete save. Only the leading process writes manifests, and renames and removes folders.
+    Leaving the `with` block waits until an unfinished save is complete.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class Checkpoints:
           directory: the directory; a writer creates it.
           keep: number of newest checkpoints to keep after each save; 0 keeps all checkpoints.
           writer: whether this process may save. A writer removes the leftovers of unfinished saves.
-          minutes: minutes after which a save is due; 0 for none.
+          minutes: number of minutes from one save until the next is due; 0 means never.
 
         Raises:
           StorageError: the directory cannot be created or cleaned.
@@ -192,7 +194,7 @@ class Checkpoints:
         if kind is None:
             self.wait()
         elif self._thread is not None:
-            # After an error, the other processes may not get here, so this process waits alone.
+            # After an error, other processes may not reach this line, so this process waits alone.
             self._thread.join()
             if self._failure:
                 print(f"error: {self._failure}", file=sys.stderr)
@@ -214,10 +216,10 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any) -> None:
-        """Copies a state to the host, and starts to write it; `wait` waits for the files.
+        """Copies a state to the host, and writes the copy in the background; see `wait`.
 
         Raises:
-          StorageError: the previous save failed, or there is no room for this one.
+          StorageError: the previous save failed, or the disk has no room for this save.
         """
         self.wait()
         if step == self._last:  # the checkpoint of this step exists
@@ -243,7 +245,7 @@ class Checkpoints:
         """Waits until an unfinished save is complete.
 
         Raises:
-          StorageError: the save failed, on any process.
+          StorageError: the save failed on at least one process.
         """
         if self._thread is None:
             return
@@ -269,7 +271,10 @@ class Checkpoints:
     def _finish(
         self, step: int, part: pathlib.Path, response: Any, until_saved: contextlib.ExitStack
     ) -> None:
-        """Waits for Orbax and ends a save; this thread must not run any program on devices."""
+        """Completes a save after Orbax has written the files.
+
+        The method runs in a thread of its own, which must not run any program on devices.
+        """
         try:
             response.result()
             if processes.is_leader():
@@ -280,7 +285,7 @@ class Checkpoints:
             sentence = f"{place} cannot be written ({_first_line(error)})"
             self._failure = str(error) if isinstance(error, storage.StorageError) else sentence
             if not isinstance(error, OSError) and not _find_disk_error(error):
-                traceback.print_exception(error)  # in place of what Orbax logs
+                traceback.print_exception(error)  # replaces the log messages of Orbax
             if processes.is_leader():
                 with contextlib.suppress(OSError):
                     for path in self._directory.glob(f"{step}{storage.PART}*"):
@@ -337,7 +342,7 @@ class Checkpoints:
             return _load(self._directory / str(step), {NAME: {part: like}})[NAME][part]
 
     def load_newest(self, like: Any) -> Any:
-        """Loads the newest whole checkpoint, and prints one sentence for each damaged one.
+        """Loads the newest whole checkpoint; prints one sentence for each damaged checkpoint.
 
         A writer moves damaged checkpoints to the folder `damaged` beside the checkpoints, so that
         their steps can be saved again.
@@ -369,7 +374,7 @@ class Checkpoints:
         return state
 
     def _set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint out of the way."""
+        """Moves a damaged checkpoint to the folder `damaged`."""
         folder = self._directory.parent / "damaged"
         with storage.explain(folder):
             folder.mkdir(exist_ok=True)
@@ -381,9 +386,10 @@ class Checkpoints:
 
 
 def write_state(path: pathlib.Path, state: Any) -> None:
-    """Writes a state to a separate folder, from which no run continues; replaces an old folder.
+    """Writes a state to a folder of its own; replaces the folder if it exists.
 
-    All processes must call this function, because each process writes its own parts of the arrays.
+    No run continues from this folder. All processes must call this function, because each process
+    writes its own parts of the arrays.
     """
     try:
         with _silence_orbax():

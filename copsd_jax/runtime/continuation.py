@@ -1,8 +1,8 @@
 """The identity of a run: what a continued run must have in common with its first start.
 
 config.json has the settings of the newest start, and run.json has the facts of each start. A fact
-is anything outside the settings that decides numbers, such as the content of a file. A start with a
-different fact is refused. Different versions of packages are only reported.
+is anything outside the settings that affects the run's numbers, such as the content of a file. A
+start with a different fact is refused. Different versions of packages are only reported.
 """
 
 import datetime
@@ -40,9 +40,9 @@ CHANGEABLE = (
         for name in ("timeout", "retries", "backoff", "concurrency", "key_env")
     ),
 )
-# Settings whose value may be chosen at the first start; the value here asks for this choice.
-# config.json has the chosen value, and a continued run keeps it. For example, a run that began in
-# float32 stays in float32, even on a GPU.
+# Settings whose value the program may choose at the first start; each value here requests this
+# choice. config.json has the chosen value, and a continued run keeps the chosen value. For example,
+# a run that began in float32 stays in float32, even on a GPU.
 CHOSEN_AT_START = {"prompt.date": "", "model.commit": "", "model.dtype": "auto"}
 # The options of JAX that decide random numbers or precision.
 JAX_OPTIONS = (
@@ -50,7 +50,7 @@ JAX_OPTIONS = (
     "jax_high_dynamic_range_gumbel",
     *("jax_enable_x64", "jax_default_dtype_bits", "jax_default_matmul_precision"),
 )
-DIGITS = 12  # of a fingerprint, in messages
+DIGITS = 12  # number of digits of a fingerprint that messages show
 
 
 class Continuation(NamedTuple):
@@ -59,8 +59,8 @@ class Continuation(NamedTuple):
     Attributes:
       known: whether the work directory already contains the run.
       taken: settings that this start takes over from the run.
-      changed: other settings that differ from the newest start, as (old value, new value).
-      notes: lines of text about the settings taken over because their default has changed.
+      changed: other settings that differ from those of the newest start, as (old value, new value).
+      notes: one line of text for each setting that is taken over because its default has changed.
     """
 
     known: bool
@@ -113,7 +113,7 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
 
 
 def _is_newest_checkpoint(name: str, was: Any, now: Any) -> Any:
-    """Returns whether, for model.init_from, `was` is a checkpoint in the work directory `now`."""
+    """Returns whether `name` is model.init_from, and `was` is a checkpoint in directory `now`."""
     return name == "model.init_from" and now and was.startswith(f"{now.rstrip('/')}/checkpoints/")
 
 
@@ -126,7 +126,7 @@ def choose_date(directory: pathlib.Path) -> str:
 def _refuse_changes(
     directory: pathlib.Path, differing: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]
 ) -> None:
-    """Refuses settings that differ from those of the run, unless they may change."""
+    """Refuses changes of settings that a run must keep, and a train.steps below a saved step."""
     refused = [
         f"{name} was {config_lib.show(was)}, now {config_lib.show(now)}"
         for name, (was, now) in differing.items()
@@ -147,7 +147,7 @@ def _refuse_changes(
 
 def _may_change(name: str, settings: Mapping[str, Any]) -> bool:
     if name == "train.micro_batch":
-        # With this norm, a group is a micro-batch unless loss.group sets the size of a group.
+        # With this norm, each micro-batch is a group, unless loss.group sets the size of groups.
         grouped = settings["loss.norm"] == "micro_token_mean" and not settings["loss.group"]
         return not (grouped and methods.METHODS[settings["method"]].teacher)
     return name in ("train.steps", "eval.limit") or name.startswith(CHANGEABLE)
@@ -163,7 +163,7 @@ def count_steps(directory: pathlib.Path) -> int:
 
 
 def _read_starts(directory: pathlib.Path) -> list[dict]:
-    """Returns the facts of each start; [] if run.json was removed."""
+    """Returns the facts of each start, or [] if run.json does not exist."""
     path = directory / "run.json"
     try:
         return workdir.read_starts(path) if path.is_file() else []
@@ -173,7 +173,7 @@ def _read_starts(directory: pathlib.Path) -> list[dict]:
 
 
 def read_fact_of_first_start(directory: pathlib.Path, name: str, otherwise: Any) -> Any:
-    """Returns a fact from the first start that recorded it; `otherwise` if no start did."""
+    """Returns a fact from the first start that recorded the fact; `otherwise` if no start did."""
     found = (start[name] for start in _read_starts(directory) if name in start)
     return next(found, otherwise)
 
@@ -191,8 +191,8 @@ def compare_facts(
       changed: the names of the settings that differ from those of the newest start.
 
     Returns:
-      At most one line. It names the packages and flags that differ from the newest start. If
-      run.json is missing, it says instead that the facts were not compared.
+      At most one line. The line names the packages and flags that differ from those of the newest
+      start. If run.json is missing, the line says instead that the facts were not compared.
 
     Raises:
       ValueError: a fact is different; the message shows the old and the new value.
@@ -206,7 +206,7 @@ def compare_facts(
     different = []
     for name in [name for name in facts if name.endswith("fingerprint")]:
         if name == "eval_fingerprint":
-            # The problems of the evaluation may change, together with eval.limit.
+            # If eval.limit has changed, the problems of the evaluation may differ.
             was = facts[name] if "eval.limit" in changed else starts[-1].get(name, facts[name])
         else:
             was = read_fact_of_first_start(directory, name, facts[name])
@@ -258,7 +258,7 @@ def _report_changed_versions(last: Mapping[str, Any], facts: Mapping[str, Any]) 
 
 
 def collect_run_environment() -> dict[str, Any]:
-    """Returns versions, the commit of the code, and flags of XLA; changes of these are reported."""
+    """Returns package versions, the code's commit and XLA's flags; changes are only reported."""
     flags = os.environ.get("XLA_FLAGS", "")
     return {"versions": workdir.list_versions(), "commit": workdir.read_commit(), "xla": flags}
 
@@ -274,12 +274,12 @@ def fingerprint_files(files: Mapping[str, pathlib.Path]) -> dict[str, str]:
 
 
 def fingerprint_functions(settings: Mapping[str, str]) -> dict[str, str]:
-    """Returns the SHA-256 of the source files of the user's functions, by setting and function.
+    """Returns the SHA-256 of each user function's source file, keyed by "setting=function".
 
     Only the file of the function's own module is read, not the modules that it imports.
 
     Args:
-      settings: settings by name; values that are not "module:function" are skipped.
+      settings: settings by name; a value without the form "module:function" is skipped.
     """
     found = {}
     for name, value in settings.items():

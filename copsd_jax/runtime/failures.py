@@ -1,4 +1,4 @@
-"""Failures of a run, if one sentence explains them better than a traceback."""
+"""Failures of a run that one sentence explains better than a traceback does."""
 
 import contextlib
 import pathlib
@@ -17,7 +17,7 @@ class UnusableFile(Exception):
 
 
 class RefusedRun(Exception):
-    """A reason why a run must not begin, found after the weights were loaded; one sentence."""
+    """A reason to refuse a run, found only after the weights were loaded, as one sentence."""
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def exit_on_failure(directory: pathlib.Path) -> Iterator[None]:
 
     Raises:
       SystemExit: raised in place of EngineError, UnusableFile, StorageError, MemoryError, and
-        errors of the disk. With several processes, this process ends at once.
+        errors of the disk. In a run of several processes, this process ends at once instead.
     """
     try:
         yield

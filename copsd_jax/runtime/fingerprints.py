@@ -1,4 +1,4 @@
-"""Checksums of trees of arrays, which tell whether a policy is still the same."""
+"""Checksums of trees of arrays, which show whether a policy has changed."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _sum_arrays(tree: Any) -> tuple[jax.Array, jax.Array]:
         width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
         place = jnp.ones(bits.shape, jnp.uint32)
-        for axis in range(bits.ndim):  # `place` stays odd, so bits * place loses no bits
+        for axis in range(bits.ndim):  # `place` stays odd, so `bits * place` loses no bits
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(2654435761) + index * jnp.uint32(2)
         plain = plain * jnp.uint32(31) + jnp.sum(bits, dtype=jnp.uint32)

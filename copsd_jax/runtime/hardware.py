@@ -1,6 +1,7 @@
 """Accelerators that a run can target: the rates and the memory of each device.
 
-A device is what JAX calls a device: a chip, or, on tpu7x, one of the two cores of a chip.
+A device is an entry of `jax.devices()`. On tpu7x, a device is one of the two cores of a chip. On
+all other accelerators, a device is a whole chip.
 
 For TPUs, the rates of compute, memory, links and network are from the Cloud TPU documentation
 (pages v4, v5e, v5p, v6e and tpu7x). The network rate of a TPU is the rate of a pod divided by the
@@ -31,8 +32,9 @@ class Chip:
       memory: bytes of the device's memory, as stated by the manufacturer.
       vmem: bytes of VMEM; 0 for a GPU.
       usable: bytes that programs and their arrays may use.
-      link: bytes/s that the device sends to devices of its own slice, over NVLink or along one
-        dimension of a torus (sum of both directions).
+      link: bytes/s that the device sends to other devices of its slice. For a GPU, this is the rate
+        of NVLink. For a TPU, this is the rate along one dimension of the torus, as the sum of both
+        directions.
       network: bytes/s that the device sends to other slices or hosts.
     """
 

@@ -1,4 +1,4 @@
-"""A setting of glibc's malloc, with which a CPU run keeps freed memory for later allocations.
+"""Settings of glibc's malloc that make a CPU run keep freed memory for later allocations.
 
 XLA allocates a program's temporary memory anew each time the program is called. By default, glibc
 requests large blocks of memory from the operating system, and returns each block when XLA frees the
@@ -29,7 +29,8 @@ def may_have_accelerator() -> bool:
 def keep_freed_memory() -> bool:
     """Tells malloc to keep freed memory, in one arena for all threads; returns True on success.
 
-    Call this function before JAX starts its threads; otherwise each thread may get its own arena.
+    Call this function before JAX starts its threads. If the threads have already started, each
+    thread may get its own arena.
     The function affects only speed. If JAX could find an accelerator, or if the C library is not
     glibc, the function does nothing and returns False.
     """

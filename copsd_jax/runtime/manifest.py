@@ -1,6 +1,7 @@
 """The manifest of a folder: the size and the SHA-256 of every file.
 
-A folder is whole if its manifest is intact and all files have the sizes and checksums in it.
+A folder is whole if its manifest is intact, and each file has the size and the checksum that the
+manifest states.
 """
 
 import concurrent.futures
@@ -13,7 +14,7 @@ from copsd_jax.runtime import storage
 
 NAME = "manifest.json"
 FORMAT = 1
-_THREADS = 4  # hashing releases Python's lock
+_THREADS = 4  # number of threads for hashing, which releases Python's global lock
 
 
 def write_manifest(folder: pathlib.Path) -> None:
@@ -31,12 +32,12 @@ def write_manifest(folder: pathlib.Path) -> None:
 
 
 def find_damage(folder: pathlib.Path, share: int = 0, shares: int = 1) -> str:
-    """Returns why a folder is not whole; "" if it is whole.
+    """Returns the reason why a folder is not whole, or "" if the folder is whole.
 
     Args:
       folder: a folder with a manifest.
-      share: the index of the share of files to check, for processes that divide the work.
-      shares: the number of shares.
+      share: the index of the share of files to check.
+      shares: the number of shares into which several processes divide the files.
 
     Raises:
       OSError: a file exists, but cannot be read.
@@ -76,7 +77,7 @@ def _measure_file(path: pathlib.Path, sync: bool = False) -> tuple[int, str]:
 
 
 def _compare_file(folder: pathlib.Path, name: str, size: int, digest: str) -> str:
-    """Returns the difference between a file and its entry in the manifest, or ""."""
+    """Returns how a file differs from its entry in the manifest, or "" if they agree."""
     path = folder / name
     if not path.is_file():
         return f"file {name} is missing"

@@ -15,7 +15,7 @@ class NonFinite(Exception):
 
 
 def is_finite(tree: Any) -> jax.Array:
-    """Returns whether all numbers of a tree of arrays are finite, a bool scalar."""
+    """Returns a bool scalar, which is True if all numbers in a tree of arrays are finite."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
 

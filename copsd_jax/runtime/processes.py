@@ -30,9 +30,9 @@ def join_processes(config: config_lib.Config) -> None:
 
     Call this function before anything uses a device. For a single process, mesh.coordinator is ''.
     On Cloud TPU, GKE, SLURM or MPI, JAX detects the processes, and mesh.coordinator is 'auto'. In
-    all other runs, mesh.coordinator is host:port, and mesh.processes and mesh.process are also set.
-    A process that is silent for mesh.heartbeat seconds counts as dead, and all other processes then
-    end.
+    every other run of several processes, mesh.coordinator is host:port, and mesh.processes and
+    mesh.process are also set. A process that is silent for mesh.heartbeat seconds counts as
+    dead, and all other processes then end.
 
     Raises:
       ValueError: the other processes cannot be found, or JAX cannot start a device; the message
@@ -49,7 +49,7 @@ def join_processes(config: config_lib.Config) -> None:
             "num_processes": m.processes,
             "process_id": m.process,
         }
-    # JAX's service would set its own handler of SIGTERM in place of that of `signals`.
+    # JAX's preemption service would replace the handler of SIGTERM that `signals` has set.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**known, heartbeat_timeout_seconds=m.heartbeat)
@@ -65,14 +65,14 @@ def list_devices() -> list:
     """Returns all devices of JAX; the first call starts JAX's platforms.
 
     Raises:
-      ValueError: JAX cannot start a platform, for example one named in JAX_PLATFORMS.
+      ValueError: JAX cannot start a platform, for example a platform named in JAX_PLATFORMS.
     """
     try:
         return jax.devices()
     # If JAX_PLATFORMS is cuda and there is no GPU, JAX raises an AssertionError without a text.
     except (RuntimeError, AssertionError) as error:
         named = os.environ.get("JAX_PLATFORMS", "")
-        # JAX ends its message with advice of its own, in parentheses.
+        # The end of JAX's message is advice in parentheses, which is removed here.
         reason = re.split(r" \((?:set JAX_PLATFORMS|you may need)", str(error))[0].rstrip(".")
         reason = reason or ("there is no GPU" if "cuda" in named else type(error).__name__)
         if named:
@@ -133,7 +133,7 @@ def exit_with_error(message: str, error: BaseException) -> NoReturn:
 
     The error may have occurred on this process alone. With several processes, the regular exit
     would wait for the other processes, which wait for this process. Therefore this process ends at
-    once, and the others end because they miss its heartbeat.
+    once. The other processes end when they no longer get its heartbeat.
 
     Raises:
       SystemExit: there is only one process.
@@ -169,7 +169,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def _broadcast(said: bytes) -> bytes:
-    """Returns the leader's bytes on all processes; pads them, so that few sizes are compiled."""
+    """Sends the leader's bytes to all processes, padded so that JAX compiles only a few sizes."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     room = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)
     room[: len(said)] = np.frombuffer(said, np.uint8)

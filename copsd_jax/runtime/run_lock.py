@@ -1,11 +1,11 @@
-"""The lock of a work directory: only one run may write to it.
+"""The lock of a work directory, which lets only one run write to the directory at a time.
 
 The lock has two parts. Both expire when the process that holds them ends:
 
-  W/lock        a lock of the operating system (flock), which the system releases when the process
-                ends; for processes on one machine
-  W/lease.json  a lease whose holder writes the file anew every few seconds; for processes on
-                several machines, and for file systems without flock
+  W/lock        a lock of the operating system (flock), for processes on one machine; the system
+                releases the lock when the process ends
+  W/lease.json  a lease, for processes on several machines and for file systems without flock; the
+                holder of the lease writes the file again every few seconds
 
 A lease is stale if its file has not changed for `STALE` seconds by the clock of the file system,
 or if its holder is a process of this machine that has ended.
@@ -28,7 +28,7 @@ from typing import Any
 from copsd_jax.runtime import processes, storage
 
 BEAT, STALE = 5.0, 20.0  # seconds
-# What flock raises on a file system without locks.
+# Error numbers of flock on a file system without locks.
 _UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
@@ -37,7 +37,7 @@ class LockedError(ValueError):
 
 
 def check(directory: pathlib.Path) -> None:
-    """Checks that no process of this machine runs in a directory; changes nothing.
+    """Checks that no process of this machine holds the lock of a directory; changes nothing.
 
     Raises:
       LockedError: another process runs in the directory.
@@ -73,7 +73,10 @@ def _describe_holder() -> dict[str, Any]:
 
 
 def _describe_machine() -> dict[str, str]:
-    """Describes where process ids are valid; a host name alone does not identify a container."""
+    """Describes the machine or container in which the id of this process is valid.
+
+    A host name alone does not identify a container.
+    """
     described = {"host": socket.gethostname()}
     with contextlib.suppress(OSError):  # not Linux
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -93,7 +96,7 @@ def _name_holder(holder: dict[str, Any]) -> str:
 
 
 def _read_holder(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a lock or lease; {} if it is damaged or being written."""
+    """Reads a lock or lease; returns {} if the file is unreadable, damaged or incomplete."""
     try:
         holder = storage.read_object(path)
         storage.check_form(holder, {"pid": int, "host": str, "token?": str}, f"{path}")
@@ -120,11 +123,11 @@ def _lock(descriptor: int, kind: int, directory: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _hold_flock(directory: pathlib.Path) -> Iterator[bool]:
-    """Holds the system's lock; yields whether the file system has such locks."""
+    """Holds the lock W/lock; yields False if the file system does not support such locks."""
     path = directory / "lock"
     with storage.explain(path):
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not inherited by programs
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not open in child programs
     try:
         with storage.explain(path, "locked"):
             if locked := _lock(descriptor, fcntl.LOCK_EX, directory):
@@ -140,7 +143,11 @@ def _hold_flock(directory: pathlib.Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _hold_lease(directory: pathlib.Path, confirm: bool) -> Iterator[None]:
-    """Holds the lease; if `confirm`, checks after a pause that no other process took it as well."""
+    """Holds the lease of a directory.
+
+    If `confirm` is true, the function waits briefly after writing the lease, and then checks that
+    no other process has taken the lease at the same time.
+    """
     path, token = directory / "lease.json", uuid.uuid4().hex
     _wait_for_lease(directory, path)
     lease = {**_describe_holder(), "token": token, "beat": 0}
@@ -166,7 +173,7 @@ def _wait_for_lease(directory: pathlib.Path, path: pathlib.Path) -> None:
     """Waits until it is known whether another process holds the lease.
 
     Raises:
-      LockedError: the lease was renewed meanwhile.
+      LockedError: another process renewed the lease during the wait.
     """
     seen, said = _last_change(path), False
     while seen is not None and not _is_over(_read_holder(path)):
@@ -194,7 +201,7 @@ def _last_change(path: pathlib.Path) -> float | None:
 
 
 def _clock(directory: pathlib.Path) -> float:
-    """Returns the time of the file system, which may be that of another machine."""
+    """Returns the time by the clock of the file system, which may be on another machine."""
     probe = directory / f"clock_{os.getpid()}{storage.PART}"
     with storage.explain(directory):
         try:
@@ -221,11 +228,11 @@ def _is_over(holder: dict[str, Any]) -> bool:
 
 
 def _renew(path: pathlib.Path, lease: dict[str, Any], ended: threading.Event) -> None:
-    """Writes the lease anew until `ended`; ends the program if another process has taken it.
+    """Renews the lease until `ended` is set; ends the program if another process took the lease.
 
-    If this machine was suspended for long, another process may have taken the lease and ended.
+    While this machine is suspended, another process may take the lease, and may then end.
     """
-    beaten = time.time()  # also counts the time of a suspended machine
+    beaten = time.time()  # this clock also advances while the machine is suspended
     while not ended.wait(BEAT):
         holder = _read_holder(path)
         lost = not holder and time.time() - beaten > STALE
@@ -234,7 +241,7 @@ def _renew(path: pathlib.Path, lease: dict[str, Any], ended: threading.Event) ->
             print(f"error: {who} has taken over {path.parent}", file=sys.stderr, flush=True)
             os._exit(1)
         lease["beat"] += 1
-        # A disk that fails is reported by the run's own writes.
+        # If the disk fails, the run's own writes report the failure.
         with contextlib.suppress(OSError):
             storage.write_whole(path, [json.dumps(lease)])
             beaten = time.time()

@@ -9,9 +9,10 @@ def explain_rust_errors(what: str, remedy: str) -> Iterator[None]:
     """Turns each error of a Rust library in the `with` block into a one-sentence ValueError.
 
     The Rust code of `tokenizers` panics if it meets a value that its authors thought impossible.
-    A panic is a BaseException of a class that cannot be imported, so its name is compared. Rust has
-    already printed its own message to stderr; Python cannot prevent this. Every other BaseException
-    that is not an Exception passes, for example `signals.Stopped`.
+    Python sees a panic as a BaseException whose class cannot be imported, so this function compares
+    the name of the class. Before a panic reaches Python, Rust prints a message to stderr, which
+    Python cannot prevent. A BaseException that is neither a panic nor an Exception, such as
+    `signals.Stopped`, is raised unchanged.
 
     Args:
       what: what failed, such as "the tokenizer in DIR cannot be read".

@@ -37,7 +37,7 @@ _PROJECTIONS = {  # mesh axes of (input, output); fsdp splits the model's width
     **dict.fromkeys(("q", "k", "v", "gate", "up"), ("fsdp", "tensor")),
     **dict.fromkeys(("o", "down"), ("tensor", "fsdp")),
 }
-_SLOTS = (None, BATCH_AXES, "tensor", None)  # the sampler's axes [layers, J, K, A]
+_SLOTS = (None, BATCH_AXES, "tensor", None)  # [layers, J slots, K key heads, A entries]
 Axis = str | tuple[str, ...] | None
 PARTITIONS: dict[str, tuple[Axis, ...]] = {
     "embed/embedding": ("tensor", "fsdp"),
@@ -136,9 +136,9 @@ def _size(mesh: Any, axis: Axis) -> int:
 def count_sharded_key_repeats(heads: int, key_heads: int, tensor: int) -> int:
     """Returns how often to repeat each key head, so that `tensor` divides the number of key heads.
 
-    M is the number of queries per key head. The result r is the smallest divisor of M for which
-    `tensor` divides K * r. With this r, every device has whole key heads, each with M / r queries.
-    For example, N = 8, K = 2 and tensor = 4 give r = 2.
+    M is the number of query heads per key head. The result r is the smallest divisor of M for which
+    `tensor` divides K * r. With this r, every device has whole key heads, each with M / r query
+    heads. For example, N = 8, K = 2 and tensor = 4 give r = 2.
 
     Args:
       heads: number of query heads, N.
@@ -168,7 +168,8 @@ def partition_spec(
       shape: shape of the array.
       mesh: the mesh; if a mesh axis does not divide the dimension that the axis should split, the
         axis is left out of the result.
-      key_heads: number of key heads, K; needed for keys and values if `tensor` is larger than 1.
+      key_heads: number of key heads, K; needed for keys and values if the size of the mesh axis
+        `tensor` is larger than 1.
 
     Raises:
       ValueError: the name is not in `PARTITIONS`, its entry has a different rank than `shape`, or
@@ -239,8 +240,9 @@ def find_undivided(
     """Returns the parameters that an axis should split but cannot, and the extra memory they take.
 
     Returns:
-      The names of the parameters by axis, and how many more bytes each device holds than if these
-      axes split these parameters.
+      First, a dict that maps a mesh axis to the names of the parameters that the axis cannot split.
+      Second, the number of bytes that each device would save if the axes could split these
+      parameters.
     """
     names: dict[str, list[str]] = collections.defaultdict(list)
     more = 0
@@ -298,7 +300,7 @@ def load_shards(
 
 
 def current_mesh() -> Mesh:
-    """Returns the mesh set by `jax.set_mesh`; if none is set, a mesh of only the first device."""
+    """Returns the mesh set by `jax.set_mesh`, or a mesh of the first device if no mesh is set."""
     context = jax.sharding.get_mesh()
     return make_mesh(1, 1, 1, jax.devices()[:1]) if context.empty else context
 
@@ -307,8 +309,8 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     """Splits the rows of `x` [rows, ...] over the batch axes; the other dimensions stay whole.
 
     Without this constraint, the compiler splits hidden states along the width, because `fsdp`
-    splits the weights. With such a split, the compiler sums hidden states over the devices in every
-    layer, which costs far more than gathering the weights.
+    splits the weights. With such a split, hidden states have to be summed over the devices in every
+    layer. These sums cost far more than gathering the weights.
     """
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x.shape[0] % (sizes.shape["data"] * sizes.shape["fsdp"]):
@@ -355,7 +357,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
 
 
 def constrain_heads(x_BLKH: jax.Array) -> jax.Array:
-    """Splits the heads of [B, L, K, H] over `tensor` if `tensor` divides K; keeps the shape."""
+    """Splits the K heads of an array [B, L, K, H] over the axis `tensor` if `tensor` divides K."""
     sizes = jax.sharding.get_abstract_mesh()
     if sizes.empty or x_BLKH.shape[2] % sizes.shape["tensor"]:
         return x_BLKH

@@ -12,13 +12,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal has asked the run to stop, and the work at hand must be left.
+    """A signal has asked the run to stop, and the current work must be abandoned.
 
     The base class is BaseException, as for KeyboardInterrupt. Therefore no `except Exception` in a
     reward function or in a retry catches this exception.
 
     Attributes:
-      signal: the signal.
+      signal: the signal that has arrived.
     """
 
     def __init__(self, number: int):
@@ -32,13 +32,13 @@ class Stopped(BaseException):
 
 
 def end_at_once() -> None:
-    """Sets handlers that end the process at a signal, with a message but without any clean-up.
+    """Sets signal handlers that end the process with a message, but without any clean-up.
 
     No exception is raised, because an exception inside a callback of JAX could be lost.
     """
 
     def end(number: int, _: object) -> None:
-        again = "the same command starts again, or continues"
+        again = "to start again or to continue, repeat the command"
         streams.write_error(f"\nstopped by {signal.Signals(number).name}: {again}\n")
         os._exit(128 + number)
 

@@ -12,8 +12,8 @@ from copsd_jax.runtime import signals, streams
 def begin() -> None:
     """Prepares this process for a command; the effects last until the process ends.
 
-    A signal ends the process at once, with a sentence; `stopping` handles signals during training.
-    Output to a pipe without a reader is dropped.
+    A signal ends the process at once, with a one-sentence message. During training, the handlers of
+    `stopping` replace this behaviour. Output to a pipe without a reader is dropped.
     """
     signals.end_at_once()
     streams.ignore_closed_pipes()

@@ -2,8 +2,8 @@
 
 Launchers and clouds send SIGTERM, and Ctrl-C sends SIGINT. Before training begins, a signal ends
 the process at once, because there is nothing to save (`signals.end_at_once`). During training, the
-first signal is only noted, and the training loop obeys it: after the step, or, if the step would
-take too long, at once. A second signal always ends the process at once.
+handler only notes the first signal. The training loop then stops after the current step, or at once
+if the step would take too long. A second signal always ends the process at once.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from copsd_jax.runtime import processes, signals, streams
 class StopRequest:
     """The request of a signal to stop a run.
 
-    Every method except `listen` must be called by all processes, in the same order, because the
-    processes agree about the request.
+    All processes must call every method except `listen`, in the same order, because the processes
+    exchange their requests in these methods.
     """
 
     def __init__(self) -> None:
         self._number = 0  # number of the signal; 0 if no signal has arrived
         self._deadline = math.inf  # time at which the sender may kill the process
-        self._end: float | None = None  # expected end of the work that may be left, if any
+        self._end: float | None = None  # expected end of the work that a stop may abandon
         self._reserve = 0.0  # seconds that a save takes after the work
 
     @contextlib.contextmanager
@@ -48,7 +48,7 @@ class StopRequest:
                 what = "stopping now" if leaves else "stopping after the work at hand"
                 again = "a second signal ends the process at once"
                 streams.write_error(f"\n{signal.Signals(number).name}: {what}; {again}\n")
-            # If there are several processes, none may end by itself: the others would wait for it.
+            # One of several processes must not end alone: all other processes would wait for it.
             if leaves and jax.process_count() == 1:
                 raise signals.Stopped(number)
 
@@ -58,7 +58,7 @@ class StopRequest:
     def _must_leave(self) -> bool:
         if not self._number or self._end is None:
             return False
-        # Work that takes longer than expected ends now at the earliest.
+        # If the work takes longer than expected, the earliest possible end is now.
         return max(self._end, time.monotonic()) + self._reserve > self._deadline
 
     @contextlib.contextmanager
@@ -66,8 +66,8 @@ class StopRequest:
         """Ends the work in the block at a signal, if the work would end after the deadline.
 
         Args:
-          end: the time, as in `time.monotonic`, at which the work is expected to be complete. If
-            the time is not known, use infinity.
+          end: the time, by the clock `time.monotonic`, at which the work is expected to be
+            complete. If the time is not known, use infinity.
           reserve: seconds that a save takes after the work.
 
         Raises:
@@ -83,7 +83,7 @@ class StopRequest:
             self._end = None
 
     def poll(self) -> None:
-        """Raises Stopped if the work at hand must be abandoned; see `leave_if_late`."""
+        """Raises Stopped if the current work must be abandoned; see `leave_if_late`."""
         self._obey(self._number if self._must_leave() else 0)
 
     def obey(self) -> None:

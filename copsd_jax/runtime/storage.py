@@ -1,7 +1,7 @@
 """Files on a disk that may fail: whole writes, appended lines, checked reads, clear errors.
 
-A file is either written whole (temporary name, flush, rename) or appended in whole lines. A failed
-write leaves nothing half-written.
+A file is either written as a whole (temporary name, flush, rename) or extended by whole lines. If a
+write fails, no partly written file or line remains.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 PART = ".part"  # the suffix of files and folders that are not complete yet
-# Errors of a disk, whatever the file.
+# Error numbers that concern the whole disk, not a single file.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
@@ -56,7 +56,7 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
 
     Args:
       path: the file or folder that the block accesses.
-      action: the failed action, as in "cannot be written".
+      action: the word for the failed access in the message, such as "written" or "read".
 
     Raises:
       StorageError: raised in place of OSError.
@@ -67,14 +67,14 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        # A file is where a folder is needed, perhaps not at `path` itself.
+        # A file is in the place of a folder, perhaps in the place of a parent of `path`.
         if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
             reason += f": {error.filename}"
         raise StorageError(f"{path} cannot be {action} ({reason})") from error
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Writes the names in a folder to the disk, if the file system supports this."""
+    """Flushes the list of a folder's files to the disk, if the file system supports this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +120,7 @@ class Appender:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def append(self, record: bytes) -> None:
-        """Appends a record; if there is no room for all of it, removes the written part.
+        """Appends a record; if the disk has no room for the whole record, removes the written part.
 
         Raises:
           StorageError: the record cannot be written; the file is unchanged.
@@ -172,8 +172,9 @@ def read_lines(path: pathlib.Path, form: Mapping[str, Any]) -> tuple[list[dict],
       form: the fields of every line; see `check_form`.
 
     Returns:
-      The objects, and the bytes of the lines without newlines. The list of bytes has one more
-      entry: the bytes after the last newline, which are b"" unless the last line is incomplete.
+      The objects, and a list with the bytes of each line, without the newline. This list has one
+      more entry for the bytes after the last newline. If the last line is complete, this entry is
+      b"".
 
     Raises:
       ValueError: a line is not an object of this form; the message names the file and the line.
@@ -205,7 +206,7 @@ def check_form(value: Any, form: Any, place: str, name: str = "") -> None:
       form: a type, a tuple of types, a list with the form of each item, or a dict with the form of
         each field.
       place: the file or the line, for the message.
-      name: the name of the value in `place`, for the message; "" for the whole.
+      name: the name of the value in `place`, for the message; "" for the whole content.
 
     Raises:
       ValueError: the value has another form; the message names the place and the part of the value.
@@ -227,7 +228,7 @@ def check_form(value: Any, form: Any, place: str, name: str = "") -> None:
 
 
 def check_stored_step_order(path: pathlib.Path, rows: list[dict], strict: bool) -> None:
-    """Checks that the field `step` of all rows ascends.
+    """Checks that the values of the field `step` ascend from row to row.
 
     Args:
       path: the file of the rows, for the message.

@@ -19,8 +19,9 @@ _HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e0
 def escape_stream_text(text: str) -> str:
     r"""Returns a text in which control characters are spelled, such as `\x1b` for an escape.
 
-    A text of a model or a data file could otherwise move the cursor, change colours or the window's
-    title, overwrite earlier lines, or show characters in another order. Line breaks and tabs stay.
+    Control characters in a text of a model or of a data file could move the cursor, change colours
+    or the window's title, overwrite earlier lines, or show characters in another order. Line breaks
+    and tabs are kept.
     """
     return "".join(
         char.encode("unicode_escape").decode()
@@ -34,8 +35,9 @@ def escape_stream_text(text: str) -> str:
 def spell_error(error: BaseException) -> str:
     """Returns the message of an error on one line, without control characters and hub tokens.
 
-    Messages of other libraries may contain the headers of a request. The message of a system error
-    is its file and its reason, without "[Errno 36]".
+    Messages of other libraries may contain the headers of a request, and with them a token of the
+    Hugging Face hub. For an error of the operating system, the result is the name of the file and
+    the reason, without a prefix such as "[Errno 36]".
     """
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -87,7 +89,7 @@ class _OutputStream:
 
 
 def ignore_closed_pipes() -> None:
-    """Lets stdout and stderr drop their output once their pipe has no reader."""
+    """Makes stdout and stderr drop their output after their pipe has lost its reader."""
     sys.stdout, sys.stderr = _OutputStream(sys.stdout), _OutputStream(sys.stderr)
 
 

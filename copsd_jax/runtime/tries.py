@@ -5,9 +5,9 @@
 A launcher gives each start of a run a number: 0 for a start by the user, then 1, 2 and so on. A
 start makes progress if it adds a checkpoint, a step to the metrics, or a completion to an
 evaluation. At most `--limit` starts in a row may make no progress; the next start is refused with
-exit code 2. Otherwise, Python with the arguments after `--` replaces this process, so that the
-program itself receives the signals and returns the exit code. W/tries.json contains the count. This
-module does not import JAX.
+exit code 2. If a start is not refused, Python with the arguments after `--` replaces this process.
+The program itself therefore receives the signals and returns the exit code. W/tries.json contains
+the count. This module does not import JAX.
 """
 
 import argparse
@@ -24,10 +24,10 @@ FILE = "tries.json"
 
 
 class Progress(NamedTuple):
-    """The state of a run's work; each part never decreases while the run makes progress.
+    """The progress of a run up to now; no attribute decreases while the run makes progress.
 
     Attributes:
-      checkpoint: the step of the newest checkpoint, or -1.
+      checkpoint: the step of the newest checkpoint, or -1 if no checkpoint exists.
       steps: the number of lines of the metrics.
       evaluation: the number of complete evaluations, and the number of completions in incomplete
         evaluations. Pairs are compared by the first number, and then by the second.
@@ -43,7 +43,7 @@ class Count(NamedTuple):
 
     Attributes:
       attempt: the number of the last start.
-      tries: the number of starts in a row without progress, the last one included.
+      tries: the number of starts in a row without progress, including the last start.
       best: the furthest progress before the last start.
     """
 
@@ -80,7 +80,8 @@ def count_try(workdir: pathlib.Path, attempt: int) -> tuple[int, Progress]:
       attempt: the number of the start; 0 begins a new count.
 
     Returns:
-      The number of starts in a row without progress, this one included, and the progress so far.
+      The number of starts in a row without progress, including this start, and the progress so
+      far.
 
     Raises:
       ValueError: W/tries.json is damaged.
@@ -99,7 +100,7 @@ def count_try(workdir: pathlib.Path, attempt: int) -> tuple[int, Progress]:
             or now.evaluation > last.best.evaluation
         )
         tries = 1 if better else last.tries + 1
-        if now.checkpoint >= last.best.checkpoint:  # otherwise, a checkpoint was damaged
+        if now.checkpoint >= last.best.checkpoint:  # a lower step means a damaged checkpoint
             steps, evaluation = max(now.steps, last.best.steps), max(now[2], last.best[2])
             best = Progress(now.checkpoint, steps, evaluation)
     _write_count(path, Count(attempt, tries, best))
@@ -125,7 +126,8 @@ def _read_count(path: pathlib.Path) -> Count:
 def _write_count(path: pathlib.Path, count: Count) -> None:
     """Writes the count.
 
-    All processes may write it at the same time, so each writes a temporary file of its own first.
+    All processes may write the file at the same time. Each process therefore writes a temporary
+    file of its own, and renames this temporary file.
     """
     part = path.with_name(f"{FILE}.{socket.gethostname()}-{os.getpid()}{storage.PART}")
     with storage.explain(path):
@@ -135,7 +137,10 @@ def _write_count(path: pathlib.Path, count: Count) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Counts a start; returns 2 if it is refused, else becomes the program or returns 0."""
+    """Counts a start, and runs the program after `--`; returns 2 if the start is refused.
+
+    If there is no program after `--`, a start that is not refused returns 0.
+    """
     own, program = argv[1:], []
     if "--" in own:
         own, program = own[: own.index("--")], own[own.index("--") + 1 :]

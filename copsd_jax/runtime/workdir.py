@@ -9,11 +9,12 @@ A run writes these files:
     W/tensorboard/           the same metrics for TensorBoard
     W/events.jsonl           one line for each time that a guard acted: step, action, text
     W/rollouts/step_NNNNNN.jsonl  one line per completion
-    W/eval/step_NNNNNN.json  the result (step_NNNNNN.partial.jsonl until the evaluation is complete)
-    W/checkpoints/           Orbax; damaged ones are moved to W/damaged/
-    W/lock, W/lease.json     the process that runs here, see `run_lock`
-    W/tries.json             the launchers' count of starts without progress, see `tries`
-    W/engine/                the newest weights for the server, with sampler.engine=server
+    W/eval/step_NNNNNN.json  the result of an evaluation; before the evaluation is complete, its
+                             completions are in step_NNNNNN.partial.jsonl
+    W/checkpoints/           checkpoints; damaged checkpoints are moved to W/damaged/
+    W/lock, W/lease.json     the process that writes to W; see `run_lock`
+    W/tries.json             the launchers' count of starts without progress; see `tries`
+    W/engine/                with sampler.engine=server, the newest weights for the server
 """
 
 import datetime
@@ -45,7 +46,7 @@ _PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers grain ml-collec
 
 
 def convert_to_json(value: Any) -> Any:
-    """Returns a value as it would be after JSON: tuples become lists, also inside dicts."""
+    """Converts a value to the types that JSON keeps: tuples become lists, also inside dicts."""
     if isinstance(value, Mapping):
         return {name: convert_to_json(item) for name, item in value.items()}
     return [convert_to_json(item) for item in value] if isinstance(value, tuple | list) else value
@@ -57,7 +58,7 @@ def check_writable(directory: pathlib.Path, flag: str, value: pathlib.Path | Non
     Args:
       directory: the directory.
       flag: the flag or setting, for the message.
-      value: the value of the flag, if it is not the directory itself.
+      value: the value of the flag; None if the value is the directory itself.
 
     Raises:
       ValueError: the directory is a URL.
@@ -79,7 +80,7 @@ def check_writable(directory: pathlib.Path, flag: str, value: pathlib.Path | Non
 
 
 def has_files(directory: pathlib.Path) -> bool:
-    """Returns whether a directory has files other than those that precede a start's settings."""
+    """Returns whether a directory has files besides those that a start writes before run.json."""
     ours = ("lock", "lease.json", "tries.json", "engine")
     return directory.exists() and any(
         path.is_file()
@@ -133,7 +134,8 @@ def _write_workdir(directory: pathlib.Path, settings: dict[str, object], facts: 
         start["defaults"] = convert_to_json(config_lib.flat(config_lib.default()))
     if convert_to_json(settings) != _find_settings(starts):
         start["settings"] = convert_to_json(settings)
-    # run.json is first: after a kill between the two writes, it has both facts and settings.
+    # run.json is written first. If the process is killed before it writes config.json, run.json
+    # has both the facts and the settings.
     write_json(path, {"starts": [*starts, start]})
     write_json(directory / "config.json", convert_to_json(settings))
 
@@ -207,7 +209,7 @@ def read_starts(path: pathlib.Path) -> list[dict]:
 
 
 def read_all_settings(directory: pathlib.Path) -> dict[str, object]:
-    """Reads a run's settings as `read_settings` does; settings that are absent get defaults."""
+    """Reads a run's settings as `read_settings` does; absent settings get their defaults."""
     return convert_to_json(config_lib.flat(config_lib.default())) | read_settings(directory)
 
 
@@ -264,7 +266,7 @@ def check_files(directory: pathlib.Path) -> None:
 
 
 def _advise_on_damaged_workdir(directory: pathlib.Path, path: pathlib.Path) -> str:
-    """Returns what to do about a damaged result of an evaluation."""
+    """Returns advice about a damaged result of an evaluation, for a message."""
     names = [folder.name for folder in (directory / "checkpoints").glob("*")]
     saved, step = [int(name) for name in names if name.isdecimal()], read_step(path)
     if step in saved:
@@ -276,11 +278,11 @@ def _advise_on_damaged_workdir(directory: pathlib.Path, path: pathlib.Path) -> s
 
 
 def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
-    """Removes the records and evaluations of steps after `first` that may no longer be right.
+    """Removes outdated records and evaluations of the steps after `first`.
 
-    These steps are trained again, perhaps with another schedule of the learning rate. Evaluations
-    up to the last step are kept if they name their policy, because they are reused only for the
-    same policy.
+    These steps are trained again, perhaps with another schedule of the learning rate. An evaluation
+    that names its policy is kept if its step is at most `steps`, because the run reuses an
+    evaluation only for the same policy.
 
     Args:
       directory: the work directory.
@@ -299,7 +301,7 @@ def remove_later(directory: pathlib.Path, first: int, steps: int) -> None:
             step > first and whole and "policy" not in evaluation_files.read_evaluation(path)
         ):
             storage.remove(path)
-            print(f"{path} may be of another schedule: it is removed", flush=True)
+            print(f"{path} may belong to another schedule, so it is removed", flush=True)
 
 
 def read_step(path: pathlib.Path) -> int:

@@ -8,23 +8,24 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.runtime import streams
 from copsd_jax.servers import client
 
-# The replies to a request for the list of models, from servers that do not have this list.
+# The beginnings of error messages from servers that have no list of models.
 _WITHOUT_LIST = ("HTTP 404", "HTTP 405", "HTTP 501")
 
 
 def check_author_server(config: config_lib.Config, longest: int | None) -> None:
-    """Asks the author's server whether it serves the model, and whether replies have room.
+    """Checks that the author's server serves the model, and has room for the replies.
 
-    If the server has no list of models, or an empty one, a warning says that neither is checked. If
-    author.cache has replies, a server that cannot be reached also causes only this warning.
+    If the server's list of models is missing or empty, a warning says that the model and the room
+    are not checked. If author.cache has replies, an unreachable server also causes only this
+    warning.
 
     Args:
       config: the run's settings.
       longest: the number of tokens of the longest author prompt, counted with the model's tokenizer
-        and with the shortest possible attempts; None if no server is the author.
+        and with the shortest possible attempts; None if the author is not a server.
 
     Raises:
-      ValueError: the server does not serve the model, or has too little room.
+      ValueError: the server does not serve the model, or allows too few tokens.
       OSError: the server cannot be reached, refuses the key, or fails.
     """
     if longest is None:

@@ -78,14 +78,14 @@ def ask_all(
 def was_refused_at_first(detail: str) -> bool:
     """Returns whether an answer with this detail belongs to a request that was refused at first.
 
-    The request was then sent again with another name of the token limit.
+    The client then sent the request again, with another name for the token limit.
     """
     return detail.startswith(_SENT_AGAIN)
 
 
 @functools.cache
 def _list_limit_names(url: str, model: str) -> list[str]:
-    """Returns the names of the token limit in requests; the name that the server takes is first.
+    """Returns the possible names of the token limit; the name that the server accepts is first.
 
     OpenAI's reasoning models refuse max_tokens, and name max_completion_tokens in the refusal.
     `_send_chat_request` reorders the list once a request with the other name has succeeded.
@@ -136,11 +136,11 @@ def _build_chat_body(request: ChatRequest) -> dict[str, Any]:
 def _read_chat_reply(random: bool, body: bytes) -> client.Outcome:
     """Reads the text of the first choice in a reply.
 
-    Some servers put the thinking into a separate field. This function puts the thinking back in
-    front of the text, in the tags that other servers leave in the text.
+    Some servers put the thinking into a separate field. This function puts the thinking before
+    the text, between the tags <think> and </think>, as in the texts of other servers.
 
     Args:
-      random: whether another attempt may give another text, because the temperature is above 0.
+      random: whether the temperature is above 0, so that another attempt may give another text.
       body: the reply.
     """
     choice = json.loads(body)["choices"][0]
@@ -160,7 +160,7 @@ def _read_chat_reply(random: bool, body: bytes) -> client.Outcome:
 
 
 def _digest(server: client.Server, request: ChatRequest) -> str:
-    """Returns the SHA-256 of the fields that affect an answer; key and retries are left out."""
+    """Returns the SHA-256 of the fields that affect an answer, without the key and the retries."""
     asked = {"url": server.url.rstrip("/"), "model": server.model, **_build_chat_body(request)}
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -50,8 +50,8 @@ _AGAIN = frozenset({408, 409, 425, 429})  # 4xx statuses after which another att
 _LARGEST = 1 << 24  # maximum number of bytes in a reply
 _DETAIL = 300  # maximum number of characters in a server's message about a failure
 _tls = functools.cache(ssl.create_default_context)
-_LOOK = 0.25  # seconds between two checks of whether the caller has stopped
-_LONGEST_PAUSE = 30.0  # seconds; after longer pauses, a restarted server would be noticed late
+_LOOK = 0.25  # seconds between two checks whether the event `stop` is set
+_LONGEST_PAUSE = 30.0  # seconds; limits how late a restarted server is noticed
 
 Name = TypeVar("Name")
 Item = TypeVar("Item")
@@ -68,8 +68,8 @@ class Server:
       model: the model's name on the server.
       key_env: name of the environment variable that holds the key; "" if the server needs no key.
       timeout: maximum number of seconds for one attempt, from the look-up of the host until the
-        last byte arrives. A pause between two attempts is at most
-        min(`timeout`, max(30 s, `backoff`)).
+        last byte arrives. If the server sends no Retry-After header, a pause between two attempts
+        is at most min(`timeout`, max(30 s, `backoff`)).
       retries: maximum number of attempts after the first.
       backoff: pause in seconds before the second attempt; the pause doubles before each later
         attempt.
@@ -116,7 +116,7 @@ class HttpCall(NamedTuple):
 
 
 def server_from_settings(settings: Mapping[str, Any], section: str, cache: str = "") -> Server:
-    """Builds a `Server` from a section of settings, which are named like the fields of `Server`.
+    """Builds a `Server` from a section of settings that have the names of the fields.
 
     The folder `cache` is a separate argument, because the name `cache` has another meaning in the
     section `sampler`: `sampler.cache` is the dtype of keys and values.
@@ -174,8 +174,8 @@ def read_key(server: Server) -> str:
 
     Raises:
       ValueError: the environment variable named by key_env is not set, or its value is not valid in
-        a header. The message contains the variable's name but not the value. A name that may be a
-        key itself is not shown either.
+        a header. The message contains the variable's name but not the value. If the name may
+        itself be a key, the message does not contain the name either.
     """
     if not (name := server.key_env):
         return ""
@@ -246,23 +246,24 @@ def repeat_call(
     server: Server, once: Callable[[int], Outcome], name: str, stop: threading.Event,
     patience: float = 0.0,
 ) -> tuple[Outcome, int]:  # fmt: skip
-    """Calls `once` until an attempt succeeds or is the last; returns the same as `send_call`.
+    """Calls `once` until it succeeds or no attempt is left; returns the same as `send_call`.
 
     Args:
       server: the server, as in `send_call`.
-      once: function that makes an attempt; its argument is the number of the attempt, from 1 on.
+      once: function that makes an attempt. Its argument is the number of the attempt, counted
+        from 1.
       name: seed of the jitter, as in `send_call`.
       stop: event that ends the pauses when it is set.
-      patience: number of seconds. While a server cannot be reached, it is asked again for this
-        long, even after the last retry, because the restart of a server takes minutes.
+      patience: number of seconds for which an unreachable server gets further attempts, even after
+        the last retry. The restart of a server takes minutes.
     """
     attempt, outcome = 0, Outcome("unreachable", again=True)
-    lost = None  # when the server became unreachable; None if the last attempt reached it
+    lost = None  # time at which the server became unreachable; None if it is reachable
     while outcome.again and outcome.after <= server.timeout:
         waits = lost is not None and time.monotonic() - lost < patience
         if attempt > server.retries and not waits:
             if lost is not None and patience:
-                limit = f"; it was asked for {patience:g} s ({server.section}.timeout)"
+                limit = f"; attempts went on for {patience:g} s ({server.section}.timeout)"
                 outcome = outcome._replace(detail=outcome.detail + limit)
             break
         if attempt and stop.wait(_pause(server, name, attempt, outcome.after)):
@@ -343,7 +344,7 @@ def _judge_http_reply(
         return Outcome("bad_reply", detail=detail)  # no retry: the server would redirect again
     kind = "refused" if status < 500 else "server_error"
     kind = "unreachable" if status in (502, 503) else kind
-    again = (status >= 500 and status != 501) or status in _AGAIN  # 501: never implemented
+    again = (status >= 500 and status != 501) or status in _AGAIN  # a 501 is permanent
     return Outcome(kind, detail=detail, again=again, after=after)
 
 
@@ -367,7 +368,7 @@ def to_one_line(text: str) -> str:
 
 
 def list_models_call(url: str) -> HttpCall:
-    """Returns the request for a server's list of models; its value is {name: description}."""
+    """Returns the call that fetches a server's list of models, as {name: description}."""
 
     def read(body: bytes) -> Outcome:
         entries = json.loads(body)["data"]
@@ -383,7 +384,10 @@ def _compute_seconds_left(deadline: float) -> float:
 
 
 def _look_up(host: str, port: int, deadline: float) -> list:
-    """Returns `socket.getaddrinfo` of a host; the system's look-up itself has no time limit."""
+    """Returns the result of `socket.getaddrinfo`; raises TimeoutError after the deadline.
+
+    The look-up runs in a thread, because the system's own look-up has no time limit.
+    """
     found = queue.SimpleQueue()
 
     def look_up() -> None:
@@ -403,7 +407,7 @@ def _look_up(host: str, port: int, deadline: float) -> list:
 
 
 def _open_server_socket(url: str, deadline: float) -> socket.socket:
-    """Returns a socket connected to the first of the host's addresses that accepts a connection."""
+    """Connects a socket to the first address of the host that accepts a connection."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]

@@ -38,9 +38,9 @@ class Dialect(NamedTuple):
       coldest: the lowest temperature above 0 that the server does not change.
       adapters: address to which /load_lora_adapter and /unload_lora_adapter are appended.
       swap: maps a model's folder to the ordered requests (address, body) that load the model.
-      needs_adapters: part of an error message; says what a server needs before it can load
+      needs_adapters: part of an error message that says what a server needs before it can load
         adapters.
-      needs_swap: part of an error message; says what a server needs before it can load a model.
+      needs_swap: part of an error message that says what a server needs before it can load a model.
     """
 
     generate: str

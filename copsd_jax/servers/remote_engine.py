@@ -19,13 +19,13 @@ distribution, so the setting `sampler.logprobs` names it. `sampler.logprobs` has
 In a `Completion`, log-probabilities that cannot be derived from the server's numbers are NaN (see
 `reports_log_probs`). If the server itself reports NaN for a drawn token, the completion's tokens
 are dropped, as in `sampler.loop`. The trainer computes its own log-probabilities. If several of
-top-k, top-p and min-p are on, a server may apply them in a different order from `truncation`.
-Truncations in a different order give a different distribution.
+top-k, top-p and min-p are on, a server may apply them in another order than the module `truncation`
+does. Truncations in another order give another distribution.
 
-If the server fails for one row, or its reply does not match the request, only this row is dropped.
-If the server cannot be reached, it is asked again for `EngineServer.patience` seconds. A server
-that was restarted has lost the policy. It gets the policy again, so that no completion is drawn
-from the base weights instead.
+If the server fails for one prompt, or the reply does not match the request, only the completion of
+this prompt is dropped. If the server cannot be reached, the engine repeats the request for
+`EngineServer.patience` seconds. A restarted server has lost the policy. The engine hands over the
+policy again, so that no completion is drawn from the base weights instead.
 
 Each run needs its own server, because `hand_over` changes the server's weights.
 """
@@ -49,7 +49,7 @@ from copsd_jax.sampler import loop, request
 from copsd_jax.servers import client, dialects
 
 LOGPROBS = ("raw", "tempered", "processed")
-_GIVEN_UP = "given up"  # start of the detail of completions that were given up
+_GIVEN_UP = "given up"  # start of `detail` if `generate` gave up on a completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,11 @@ class EngineServer:
       max_model_len: maximum number of tokens of a prompt and its completion together; None means
         the server's limit.
       adapter: the adapter's name on the server, set by `hand_over`; "" means the base model.
-      root: the file or repository of the model, as the server reports it; "" if not reported.
-      patience: seconds for which a server that cannot be reached is asked again. `connect_server`
-        sets it to `api.timeout`. A server that never answered is not waited for.
+      root: the file or repository of the model, as the server reports it; "" if the server does not
+        report it.
+      patience: number of seconds for which requests to an unreachable server are repeated.
+        `connect_server` sets the value to `api.timeout` after the server has answered. Before
+        that, the value is 0.
       folder: the folder of the weights that `hand_over` loaded last; "" before the first call.
     """
 
@@ -98,7 +100,7 @@ def generate(
       sampling: one `Sampling` for all prompts, or a list with one per prompt.
       keys: uint32 [n, 2] from `request.derive_sampling_keys`, one key per prompt.
       vocabulary: the ids of the model. The server does not know which ids are valid. A trained
-        model hardly ever draws an invalid id; a completion that has one is dropped.
+        model hardly ever draws an invalid id; a completion with an invalid id is dropped.
       limits: maximum number of tokens of each completion; None means `Sampling.max_tokens`.
       progress: called with the statistics after each completion.
       done: called with (index of the prompt, completion) as soon as the completion has ended.
@@ -106,10 +108,10 @@ def generate(
     Returns:
       A result like that of `loop.generate`. A completion whose request failed, or whose reply does
       not match its request, has the finish 'failed' and a detail. After more than half of the
-      completions have failed, the others are given up. `logps` and `logps_truncated` are NaN
-      if they cannot be derived from the server's numbers; see `reports_log_probs`. In the
-      statistics, `prompt_tokens` counts all prompt tokens sent, even if the server has them in its
-      cache. `occupancy` is NaN.
+      completions have failed, all unfinished completions get the finish 'failed', too. `logps` and
+      `logps_truncated` are NaN if they cannot be derived from the server's numbers; see
+      `reports_log_probs`. In the statistics, `prompt_tokens` counts all prompt tokens sent, even if
+      the server has them in its cache. `occupancy` is NaN.
 
     Raises:
       ValueError: the server does not support the settings or prompts; no request is sent.
@@ -154,7 +156,7 @@ def is_given_up(completion: loop.Completion) -> bool:
 
 
 def reports_log_probs(logprobs: str, sampling: request.Sampling) -> tuple[bool, bool]:
-    """Returns (logps, logps_truncated): whether each can be derived from a server's numbers.
+    """Returns whether `logps` and `logps_truncated` can be derived from a server's numbers.
 
     For greedy rows, servers report log-probabilities at temperature 1, and the truncated
     distribution puts all mass on the drawn token. Without top-k, top-p and min-p, the tempered and
@@ -218,12 +220,12 @@ class _PolicyKeeper:
     """Hands the policy to the server again after the server was restarted."""
 
     def __init__(self, server: EngineServer):
-        # Another attempt follows if a request of the keeper fails, so the keeper itself does not
-        # repeat requests.
+        # If a request of the keeper fails, `client.repeat_call` makes another attempt. Therefore
+        # the keeper itself does not repeat requests.
         api = dataclasses.replace(server.api, retries=0)
         self._server = dataclasses.replace(server, api=api, patience=0.0)
         self._lock, self._times = threading.Lock(), 0
-        self._tries, self._error = 0, ""  # number of ended restores; reason why the last failed
+        self._tries, self._error = 0, ""  # number of restores so far; error of the last failed one
 
     def build_attempt(
         self, send: Callable[[], client.Outcome], stop: threading.Event
@@ -231,7 +233,8 @@ class _PolicyKeeper:
         """Returns a function for `client.repeat_call` that restores a lost policy before it sends.
 
         After a request without an answer, the server may have been restarted. A restarted server
-        does not know the adapter, or has the base weights again. `stop` ends the restore, too.
+        does not know the adapter, or has the base weights again. Setting `stop` also ends a
+        restore.
         """
         suspect, known = False, 0
 
@@ -254,7 +257,7 @@ class _PolicyKeeper:
         return once
 
     def _restore(self, known: int, stop: threading.Event) -> None:
-        """Hands the policy over, unless another row has done so since `known` was read.
+        """Hands over the policy, unless another row has handed it over since `known` was read.
 
         Raises:
           OSError: the restore failed, or `stop` is set. If this row waited for the restore of
@@ -284,7 +287,7 @@ class _PolicyKeeper:
         try:
             lost = self._times != known or name not in list_models(self._server, stop)
         except OSError:
-            return False  # the refusal stands
+            return False  # the request counts as refused
         with self._lock:  # waits for a restore in progress, which may have loaded the adapter
             return lost or self._times != known
 
@@ -367,7 +370,7 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
 def _find_served_end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
-    """Returns the text's length, including the token that ends it; None if no token ends it."""
+    """Returns the number of ids up to and including the id that ends the text, or None."""
     stops = [text.encode() for text in sampling.stop]
     by_string, _ = request.find_stop_string(b"", ids, stops, token_bytes)
     by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)

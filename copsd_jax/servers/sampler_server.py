@@ -50,7 +50,7 @@ def plan_sampler_server(
 
 
 def _list_server_logp_readers(config: config_lib.Config) -> dict[str, object]:
-    """Returns the settings, with their values, that make a loss read the sampler's log p."""
+    """Returns {name: value} of the settings that make a loss read the sampler's log p."""
     off = {"policy.old": "trainer", "policy.rollout_clip": 0, "loss.rollout_clip": 0}
     values = config_lib.flat(config)
     return {name: values[name] for name, value in off.items() if values[name] != value}
@@ -61,9 +61,9 @@ def check_sampler_server_gap(
 ) -> list[str]:
     """Checks that the server's log-probabilities are those of the trainer's policy.
 
-    If only rounding differs, all gaps are below 1e-4 in float32. In bfloat16, some of 1e5 tokens
-    have gaps of a nat or more. Therefore the bound in float32 is 100 times 1e-4, and the bound in
-    bfloat16 is 3 nats, which is a factor of 20 between two probabilities.
+    If only rounding differs, all gaps are below 1e-4 in float32. Among 1e5 tokens in bfloat16, some
+    tokens have gaps of 1 nat or more. Therefore the bound in float32 is 100 times 1e-4, and the
+    bound in bfloat16 is 3 nats, which is a factor of 20 between two probabilities.
 
     Args:
       config: the run's settings; model.dtype is the dtype of the trainer.
@@ -71,14 +71,14 @@ def check_sampler_server_gap(
       metrics: the metrics of the step.
 
     Returns:
-      A line that warns if the gap is above the bound; otherwise no line.
+      A list with one warning if the gap is above the bound; an empty list if it is not.
 
     Raises:
       EngineError: the gap is above the bound, and a loss reads the server's log-probabilities.
     """
     bound = config.guards.logp_gap or GAPS[config.model.dtype]
     gap = metrics.get("logp_gap_max", 0.0)
-    if config.sampler.engine != "server" or not gap > bound:  # a NaN is no gap
+    if config.sampler.engine != "server" or not gap > bound:  # NaN counts as no gap
         return []
     text = (
         f"step {step}: logp_gap_max is {gap:.3g}, above {bound:g} (guards.logp_gap): the server at "

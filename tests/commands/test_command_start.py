@@ -48,7 +48,7 @@ def test_a_signal_during_the_imports_is_one_sentence(tmp_path, command, number):
     run = start(command, "--workdir=w", path=str(tmp_path))
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out) == (128 + number, "")
-    said = f"stopped by {number.name}: the same command starts again, or continues"
+    said = f"stopped by {number.name}: to start again or to continue, repeat the command"
     assert err.split("\n") == ["", said, ""]
 
 

@@ -120,7 +120,7 @@ finally:
     "kind, out, err",
     [
         ("twice", "noted\n", "SIGTERM: stopping after"),
-        ("early", "", "stopped by SIGTERM: the same command starts again, or continues"),
+        ("early", "", "stopped by SIGTERM: to start again or to continue, repeat the command"),
     ],
 )
 def test_a_second_signal_and_an_early_one_end_the_process_without_clean_up(kind, out, err):

@@ -83,4 +83,6 @@ def test_files_of_later_steps_are_removed(tmp_path, capsys):
         *(f"eval/step_00000{step}.json" for step in (1, 2, 3, 5)),
     }
     said = capsys.readouterr().out
-    assert f"{tmp_path}/eval/step_000004.json may be of another schedule: it is removed" in said
+    assert (
+        f"{tmp_path}/eval/step_000004.json may belong to another schedule, so it is removed" in said
+    )

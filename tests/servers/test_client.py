@@ -335,7 +335,7 @@ def test_an_unreachable_server_is_asked_for_as_long_as_the_patience(critic):
     outcome, attempts = client.repeat_call(server, down, "x", stop, patience=0.2)
     assert 0.2 <= time.monotonic() - begun < 5
     assert attempts > 2
-    assert outcome.detail == "no; it was asked for 0.2 s (sampler.timeout)"
+    assert outcome.detail == "no; attempts went on for 0.2 s (sampler.timeout)"
     # The patience is for a server that cannot be reached, and is named only if it has ended.
     broken = lambda attempt: client.Outcome("server_error", again=True)  # noqa: E731
     assert client.repeat_call(server, broken, "x", stop, patience=30.0)[1] == 2

@@ -218,7 +218,7 @@ def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, 
         url = f"http://127.0.0.1:{stub.server_address[1]}/v1/completions"
     said = str(ended.value)
     assert said.startswith(f"error: {url} gave no completion in ")
-    assert "; it was asked for 20 s (sampler.timeout); " in said
+    assert "; attempts went on for 20 s (sampler.timeout); " in said
     assert said.endswith(f"; the same command continues {workdir}")
     assert "\n" not in said
     assert len(lines(workdir / "metrics.jsonl")) == 2
