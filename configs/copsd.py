@@ -1,8 +1,8 @@
 """COPSD: crosslingual on-policy self-distillation, one model per low-resource language.
 
 Paper: arXiv 2605.09548. The student answers a problem in language L. The teacher is the same
-network, but also sees the problem and its solution in English. It scores each token of the answer.
-The loss is KL(teacher || student).
+network, but also sees the problem and its solution in English. The teacher scores each token of the
+answer. The loss is KL(teacher || student).
 
     python -m copsd_jax.main --config=configs/copsd.py                # SmolLM2 on Swahili
     python -m copsd_jax.main --config=configs/copsd.py:qwen3_4b --config.data.path=FILE \\
@@ -72,7 +72,7 @@ def _paper(size: str) -> config_lib.Config:
     c.description = "COPSD as published: student and teacher think in the problem's language"
     c.model.path = f"Qwen/Qwen3-{size}"
     c.model.remat = "layer"  # our choice, to save memory
-    c.data.path = ""  # must be given: rows with problem_<lang> in --config.data.path
+    c.data.path = ""  # must be given with --config.data.path: rows with problem_<lang>
     c.data.lang = ("swa",)  # one model per language
     c.data.missing = "drop"  # as published: drops and counts rows without a good translation
     c.context.kind = "crosslingual"
@@ -82,7 +82,7 @@ def _paper(size: str) -> config_lib.Config:
     c.rollout.temperature = 1.1
     c.rollout.top_p = 0.95
     c.rollout.top_k = 20
-    c.teacher.max_tokens = 17_952  # with 2,048 completion tokens, the published limit of 20,000
+    c.teacher.max_tokens = 17_952  # plus 2,048 completion tokens: the published limit of 20,000
     c.loss.temperature = 1.1
     c.loss.clip_mode = "element"
     c.loss.clip = 0.05
@@ -95,7 +95,7 @@ def _paper(size: str) -> config_lib.Config:
     c.train.max_grad_norm = 0.1
     c.train.save_every = 5
     c.train.keep = 0
-    c.eval.path = ""  # must be given: AfriMGSM in --config.eval.path
+    c.eval.path = ""  # must be given with --config.eval.path: AfriMGSM
     c.eval.samples = 12
     c.eval.temperature = 1.0
     c.eval.top_p = 0.95
@@ -105,7 +105,7 @@ def _paper(size: str) -> config_lib.Config:
 
 
 def _polymath() -> config_lib.Config:
-    """Returns the recipe for PolyMath; the original ends the teacher's prompt differently here."""
+    """Returns the PolyMath recipe; in the original, the teacher's prompt ends differently."""
     c = _paper("4B")
     c.data.lang = ("sw",)
     c.eval.max_tokens = 8192

@@ -1,6 +1,6 @@
 """Step-aligned critique: the teacher sees a corrected version of the student's steps.
 
-Paper: arXiv 2606.11173. A frozen critic rewrites the attempt from its first wrong step on, in the
+Paper: arXiv 2606.11173. A frozen critic rewrites the attempt from the first wrong step on, in the
 format of the attempt. The critic never quotes the error. The loss is KL(teacher || student) on all
 tokens.
 
@@ -97,7 +97,7 @@ def _qwen3_1_7b() -> config_lib.Config:
     c.train.batch = 32
     c.train.micro_batch = 16
     c.train.lr = 5e-6
-    c.train.max_grad_norm = 0.1  # our choice, as in OPSD; the linear schedule too
+    c.train.max_grad_norm = 0.1  # our choice, as in OPSD; so is the linear schedule
     c.train.save_every = 10
     c.train.keep = 0
     c.eval.path = ""  # must be given: --config.eval.path

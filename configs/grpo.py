@@ -16,7 +16,7 @@ tiny            any CPU       seconds    none: random weights, shows that everyt
 Departures: prompts have a chat template, and answers are graded as for the other methods. OPSD's
 GRPO run uses plain text, and compares the first box as a string. ROSD's GRPO run makes four updates
 per batch, and this project makes one. The learning rate of ROSD's GRPO run is a tenth of that of
-its distillation runs. For a fair comparison, use the same learning rate for both.
+its distillation runs. For a fair comparison, use the same learning rate for both runs.
 """
 
 from copsd_jax import config as config_lib

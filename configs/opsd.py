@@ -1,7 +1,7 @@
 """OPSD: on-policy self-distillation with the reference solution as the teacher's context.
 
 Paper: arXiv 2601.18734 (v3). The student answers a problem. The teacher is the same network, but
-also sees the reference solution. It scores each token of the answer. The loss is
+also sees the reference solution. The teacher scores each token of the answer. The loss is
 KL(teacher || student).
 
     python -m copsd_jax.main --config=configs/opsd.py                 # SmolLM2, bundled problems
@@ -66,11 +66,11 @@ def _tiny() -> config_lib.Config:
 
 
 def _paper(size: str) -> config_lib.Config:
-    """Returns the settings of all published recipes; a comment marks those not in the paper."""
+    """Returns the settings that all published recipes share; comments mark our own choices."""
     c = config_lib.default()
     c.model.path = f"Qwen/Qwen3-{size}"
     c.model.remat = "layer"  # our choice, to save memory
-    c.data.path = ""  # must be given: the 30k rows in --config.data.path
+    c.data.path = ""  # must be given with --config.data.path: the 30k rows
     c.prompt.max_tokens = 2048  # our choice: longer prompts are dropped and counted
     c.teacher.max_tokens = 8192  # our choice: longer prompts are dropped and counted
     c.prompt.answer = "boxed"
@@ -91,7 +91,7 @@ def _paper(size: str) -> config_lib.Config:
     c.train.save_every = 25
     c.train.keep = 0
     c.seed = 42
-    c.eval.path = ""  # must be given: for example AIME24 in --config.eval.path
+    c.eval.path = ""  # must be given with --config.eval.path: for example AIME24
     c.eval.samples = 12
     c.eval.temperature = 1.0
     c.eval.top_p = 0.95

@@ -1,7 +1,7 @@
 """ROSD: reflective on-policy self-distillation, on the tokens from the first error on.
 
 Paper: arXiv 2605.28014. Each problem has eight rollouts. In a group with a success, a reflection
-diagnoses each wrong rollout and explains each correct one. The teacher sees the reflection. The
+diagnoses each wrong rollout and explains each correct rollout. The teacher sees the reflection. The
 tokens from the quoted error on are distilled.
 
     python -m copsd_jax.main --config=configs/rosd.py                 # SmolLM2, bundled problems
@@ -14,13 +14,14 @@ qwen3_8b   8 GPUs        not found  73.45 (GRPO 1.46 lower, SDPO 0.95 lower)
 tiny       any CPU       seconds    none: random weights, shows that everything runs
 
 A model of 135M parameters writes no usable reflection. Therefore the reflections of the embedded
-default come from a rule that knows the steps of the bundled problems. Its groups have four
-completions.
+default come from a rule that knows the steps of the bundled problems. The embedded default has
+groups of four completions.
 
-Departures: if the error is not found, the completion has no loss. The original distils the whole
-completion (`tokens.on_failure=full`). If the reflection cannot be read, the completion has no loss
-either. The original shows the sibling's solution (`parity.reflection_fallback`). The paper trains
-GRPO with a tenth of the learning rate, and SDPO with another teacher; see their cards.
+Departures: if the error is not found, the completion has no loss. In this case, the original
+distils the whole completion (`tokens.on_failure=full`). If the reflection cannot be read, the
+completion has no loss either. In this case, the original shows the sibling's solution
+(`parity.reflection_fallback`). The paper trains GRPO with a tenth of the learning rate, and SDPO
+with another teacher. The cards `grpo` and `sdpo` describe these runs.
 """
 
 from copsd_jax import config as config_lib
@@ -100,7 +101,7 @@ def _paper(size: str) -> config_lib.Config:
     c.context.filter_groups = True
     c.author.kind = "student"
     c.author.max_tokens = 4096
-    c.author.temperature = 0.0  # as intended by the paper; its code sampled at 1
+    c.author.temperature = 0.0  # as the paper intends; the published code samples at temperature 1
     c.tokens.select = "from_error"
     c.loss.divergence = "jsd"
     c.loss.top_k = 100

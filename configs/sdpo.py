@@ -1,7 +1,8 @@
 """SDPO: self-distillation from a successful sibling.
 
 Paper: arXiv 2601.20802. Each problem has eight rollouts. The teacher is a moving average of the
-student. It sees a successful rollout of the same group, and scores the tokens of the others.
+student. The teacher sees a successful rollout of a group, and scores the tokens of the other
+rollouts of this group.
 
     python -m copsd_jax.main --config=configs/sdpo.py                 # SmolLM2, bundled problems
     python -m copsd_jax.main --config=configs/sdpo.py:qwen3_8b --config.data.path=FILE
@@ -99,11 +100,11 @@ def _paper(size: str) -> config_lib.Config:
     c.loss.tail = True
     c.loss.rollout_clip = 2.0
     c.loss.norm = "micro_token_mean"
-    # Each sequence has the same weight, and one without a sibling counts as 0. In ROSD's SDPO run
-    # (4B), each pair of sequences has the same weight.
+    # Each sequence has the same weight. A sequence without a sibling counts as 0. In ROSD's SDPO
+    # run (4B), each pair of sequences has the same weight.
     c.loss.group = 2 if size == "4B" else 1
     c.train.trainable = "full"
-    c.train.steps = 100  # our choice: the papers give hours and epochs
+    c.train.steps = 100  # our choice: the papers give hours and epochs, not steps
     c.train.batch = 32
     c.train.micro_batch = 16
     c.train.lr = 1e-5

@@ -8,8 +8,9 @@ smollm2    2 CPU cores   0.1        none: the embedded default
 qwen3_4b   8 GPUs        not found  74.9/66.4/42.2 -> 70.2/62.3/43.4
 tiny       any CPU       seconds    none: random weights, shows that everything runs
 
-Departures: this card uses the chat template, and only the completion carries loss. The published
-script does neither. This card uses LoRA, as the paper says; the published script omits it.
+Departures: this card uses the chat template, and only the completion carries loss. In the published
+script, there is no chat template, and the prompt carries loss too. This card uses LoRA, as the
+paper says. The published script does not use LoRA.
 """
 
 from copsd_jax import config as config_lib
@@ -66,7 +67,7 @@ def _qwen3_4b() -> config_lib.Config:
     c.data.path = ""  # must be given: --config.data.path
     c.prompt.thinking = c.eval.thinking = "on"  # our choice: the original has no template
     c.prompt.max_tokens = 2048
-    c.rollout.max_tokens = 13_952  # tokens of the solution; with the prompt, the published 16,000
+    c.rollout.max_tokens = 13_952  # of the solution; plus 2,048 of the prompt: the published 16,000
     c.policy.norm = "token"
     c.train.steps = 1856  # 4 epochs of 29.7k rows, since 1 % of 30k rows is held out
     c.train.batch = 64

@@ -6,8 +6,8 @@
 #
 # `parse` sets PRINT (1 or empty), ACTION (run or delete), CONFIG, WORKDIR and PROGRAM. PROGRAM is
 # an array with the command of each process, without the path of Python. `check_program` sets TRIES,
-# the command that counts a start, and refuses it with exit code 2 after too many starts without
-# progress. A start by the user has the number 0.
+# the command that counts a start. After too many starts without progress, this command refuses the
+# start with exit code 2. A start by the user has the number 0.
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -91,8 +91,9 @@ parse() {
   PROGRAM+=(--config.mesh.coordinator=auto)
 }
 
-# Tells the program how many seconds it has after SIGTERM, unless the command does. The variable $1
-# has the time until the process is killed; some seconds of it are left for the end of the process.
+# Adds --config.train.grace to the program, unless the user has set it. The variable $1 has the
+# seconds from SIGTERM until the process is killed. If there are more than 10 seconds, the last 5
+# seconds are reserved for the end of the process.
 tell_grace() {
   local word grace=''
   for word in "${PROGRAM[@]}"; do
@@ -103,7 +104,8 @@ tell_grace() {
     fail "--config.train.grace=$grace: the program is killed after $1=${!1} seconds"
 }
 
-# Checks that there is a card, and a work directory below $1, the disk that all processes share.
+# Checks that the card exists, and that the work directory is below $1, the disk that all processes
+# share.
 check_program() {
   [[ $CONFIG ]] || fail "--config is missing: for example --config=configs/opsd.py"
   [[ -f ${CONFIG%%:*} ]] || fail "--config='${CONFIG%%:*}': this file does not exist"
@@ -119,5 +121,5 @@ check_program() {
 # Checks that the card is one of the files that are sent to the hosts.
 check_sent() {
   [[ $CONFIG == configs/* ]] ||
-    fail "--config='$CONFIG': it must be in configs/, the only folder with cards that hosts get"
+    fail "--config='$CONFIG': it must be in configs/, because hosts get only cards from there"
 }

@@ -7,9 +7,10 @@
 #
 # All other arguments are passed to `python -m copsd_jax.main`. The script fills in
 # launch/gke_jobset.yaml and applies it. If a signal ends a process or machines are taken away, the
-# cluster restarts all processes, and the run continues. If the program ends by itself, or made no
-# progress in several starts, the JobSet fails. While the run is active, the same command does
-# nothing. After the run has stopped, it continues the run. `delete` ends the run, which saves.
+# cluster restarts all processes, and the run continues. If the program ends with an error, or made
+# no progress in several starts, the JobSet fails. While the run is active, the same command does
+# nothing. After the run has stopped, the same command continues the run. `delete` ends the run, and
+# the run saves its last step.
 #
 # Set up once: the image (launch/Dockerfile), and JobSet 0.6 or later in the cluster
 # (see https://jobset.sigs.k8s.io). Except in Autopilot clusters, create a node pool for each slice:
@@ -29,8 +30,8 @@
 # unless they scale down to zero automatically.
 # Duration: minutes to days until nodes are available, and minutes to pull the image. Then follows
 # the time of the run, with some minutes of compilation at each start.
-# Written from the documentation of GKE and JobSet, and for the cluster detection of JAX 0.10. It
-# was never run on GKE. GKE sets the variables MEGASCALE_*, by which several slices find each other.
+# Written from the documentation of GKE and JobSet, and for the cluster detection of JAX 0.10. This
+# script was never run on GKE. GKE sets the variables MEGASCALE_*, by which slices find each other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,11 +41,11 @@ NAMESPACE=${NAMESPACE-default}
 CONTEXT=${CONTEXT-}                       # context of kubectl; "" for the current context
 IMAGE=${IMAGE-}                           # image that contains the program
 TPU=${TPU-v5e}                            # v4, v5e, v5p, v6e, tpu7x
-TOPOLOGY=${TOPOLOGY-4x4}                  # chips of a slice; v5e and v6e: 2 sides, others: 3
+TOPOLOGY=${TOPOLOGY-4x4}                  # chips of a slice: 2 sides for v5e and v6e, else 3
 CHIPS_PER_HOST=${CHIPS_PER_HOST-4}        # 8 for ct5lp-hightpu-8t and ct6e-standard-8t
 SLICES=${SLICES-1}                        # number of slices, connected by the data centre network
 SPOT=${SPOT-0}                            # 1: cheaper nodes that may be taken away at any time
-HOST_NETWORK=${HOST_NETWORK-1}            # 0 for Autopilot clusters, which forbid it
+HOST_NETWORK=${HOST_NETWORK-1}            # 0 for Autopilot clusters, which forbid 1
 GRACE=${GRACE-25}                         # seconds to save; spot nodes allow at most 25
 MAX_TRIES_WITHOUT_PROGRESS=${MAX_TRIES_WITHOUT_PROGRESS-3} # starts in a row that may fail
 SHARED=${SHARED-}                         # pvc:CLAIM, host:/export of an NFS server, or gs://bucket
@@ -116,7 +117,7 @@ volume() {
   if [[ $SHARED =~ ^pvc:($name)$ ]]; then
     VOLUME="persistentVolumeClaim: {claimName: ${BASH_REMATCH[1]}}"
   elif [[ $SHARED =~ ^gs://([a-z0-9._-]+)$ ]]; then
-    # A cached time of the lease could make a run that is alive look dead.
+    # If the time of the lease were cached, a run that is alive could look dead.
     local FUSE=implicit-dirs,metadata-cache:ttl-secs:0
     VOLUME="csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes:"
     VOLUME+=" {bucketName: \"${BASH_REMATCH[1]}\", mountOptions: \"$FUSE\"}}"
@@ -150,7 +151,8 @@ holds() {
   esac
 }
 
-# Prints the manifest with all values filled in. Kubernetes expands ATTEMPT, the number of the start.
+# Prints the manifest with all values filled in. Kubernetes expands ATTEMPT, the number of the
+# start.
 # shellcheck disable=SC2034 # the manifest uses ARGUMENTS
 manifest() {
   local line name ARGUMENTS=''

@@ -3,12 +3,12 @@
     python launch/local.py [--print] [--processes=N] [--devices=N] --config=configs/opsd.py [...]
 
 All other arguments are passed to `python -m copsd_jax.main`. Use this script to try a run before
-you start it on a pod, or to test code that several processes run. It costs nothing. It takes longer
-than a single process, because the processes share the cores. If a process ends with an error, the
-script ends the other processes, and prints which process failed. Ctrl-C or SIGTERM stops all
-processes, which save the run; a second signal kills them. If this script itself is killed, Linux
-sends SIGTERM to the processes, which save the run; on other systems, the processes go on. The same
-command again continues the run.
+you start it on a pod, or to test code that several processes run. The script costs nothing. The run
+takes longer than with a single process, because the processes share the cores. If a process ends
+with an error, the script ends the other processes, and prints which process failed. After Ctrl-C or
+SIGTERM, all processes save the run and end. A second signal kills all processes. If this script
+itself is killed, Linux sends SIGTERM to the processes, which save the run. On other systems, the
+processes go on. To continue the run, start the same command again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from collections.abc import Collection
 # ---- settings ------------------------------------------------------------------------------------
 PROCESSES = 2
 DEVICES = 1  # CPU devices per process; the mesh has PROCESSES x DEVICES devices
-HEARTBEAT = 10  # seconds until a silent process counts as dead, in case this launcher is dead
+HEARTBEAT = 10  # a process counts as dead after so many silent seconds, even without a launcher
 # --------------------------------------------------------------------------------------------------
 
 LOOK = 0.2  # seconds between two checks of the processes
@@ -33,7 +33,7 @@ GRACE = 5.0  # seconds between terminating a process and killing it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (130, 143)  # exit codes of a process that a signal has stopped, after it has saved
 SKIPPED = 4  # exit code of a process whose run has ended, but skipped steps that failed
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1  # Linux: sets the signal that a process gets when its parent ends
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -78,7 +78,7 @@ def begin(parent: int, mask: Collection[int]) -> None:
 
 
 def run(todo: list[list[str]]) -> int:
-    """Returns 0 if all processes succeed, otherwise the exit code of the first that fails."""
+    """Returns 0 if all processes succeed, or the exit code of the first process that fails."""
     running: dict[int, subprocess.Popen] = {}
     asked = [0]  # the number of signals so far
 
@@ -92,8 +92,8 @@ def run(todo: list[list[str]]) -> int:
         signal.signal(number, stop)
     worst, parent = 0, os.getpid()
     try:
-        # A signal waits until all processes have started, so that `stop` reaches all of them. They
-        # are in sessions of their own, so that Ctrl-C reaches them only through `stop`.
+        # A signal waits until all processes have started, so that `stop` reaches all processes.
+        # Each process has a session of its own, so that Ctrl-C reaches it only through `stop`.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for rank, command in enumerate(todo):
             running[rank] = subprocess.Popen(

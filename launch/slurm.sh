@@ -6,13 +6,13 @@
 #     launch/slurm.sh [--print] delete
 #
 # All other arguments are passed to `python -m copsd_jax.main`. The script queues a job. If the job
-# is preempted or a node dies, SLURM requeues it. If its time limit is near, the run saves its last
-# step, and the job requeues itself. Then the run continues. The job ends with the exit code of the
-# program. It is not queued again if the program ended by itself, or made no progress in several
-# starts. While a job of this NAME is queued or running, the same command does nothing. Afterwards,
-# it continues the run. `delete` ends the job, and the run saves its last step. This folder, PYTHON
-# (pip install -e '.[gpu]') and the work directory must be on a disk that all nodes share. SHARED
-# names this disk.
+# is preempted or a node dies, SLURM requeues the job. If the time limit of the job is near, the run
+# saves its last step, and the job requeues itself. Then the run continues. The job ends with the
+# exit code of the program. The job is not queued again if the program ended by itself, or made no
+# progress in several starts. While a job of this NAME is queued or running, the same command does
+# nothing. After the job has ended, the same command continues the run. `delete` ends the job, and
+# the run saves its last step. This folder, PYTHON (pip install -e '.[gpu]') and the work directory
+# must be on a disk that all nodes share. SHARED names this disk.
 #
 # Cost: GPUs x hours on the account of the cluster. In 2025, a rented H100 cost about USD 2 to 4 per
 # hour, so 16 GPUs on two nodes cost about USD 50 per hour. Look up current prices, which differ by
@@ -20,8 +20,8 @@
 # Duration: the time in the queue, then the time of the run, with some minutes of compilation at
 # each start. After a preemption, the steps since the last checkpoint (train.save_every) are
 # repeated.
-# Written from the documentation of SLURM, and for the cluster detection of JAX 0.10. It was never
-# run on SLURM.
+# Written from the documentation of SLURM, and for the cluster detection of JAX 0.10. This script
+# was never run on SLURM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,12 +34,12 @@ GPUS_PER_NODE=${GPUS_PER_NODE-8}
 PROCESSES=${PROCESSES-node}           # node: one process per node; gpu: one per GPU
 CPUS_PER_GPU=${CPUS_PER_GPU-8}
 TIME=${TIME-24:00:00}                 # time limit of a job; the next job continues the run
-NOTICE=${NOTICE-120}                  # seconds before the time limit when a job requeues itself
+NOTICE=${NOTICE-120}                  # a job requeues itself so many seconds before its time limit
 KILL_WAIT=${KILL_WAIT-30}             # KillWait of the cluster: seconds from TERM to KILL
 MAX_TRIES_WITHOUT_PROGRESS=${MAX_TRIES_WITHOUT_PROGRESS-3} # starts in a row that may fail
 SHARED=${SHARED-${HOME-}}             # a folder on a disk that all nodes share
 PYTHON=${PYTHON-.venv/bin/python}
-SETUP=${SETUP-}                       # a shell command before the run: module load cuda
+SETUP=${SETUP-}                       # a shell command before the run, such as module load cuda
 # --------------------------------------------------------------------------------------------------
 
 # shellcheck source=launch/arguments.sh
@@ -63,7 +63,7 @@ check_run() {
   seconds=$(time_seconds "$TIME")
   ((seconds == 0 || seconds > NOTICE)) || # SLURM reads 0 as no limit
     fail "TIME is '$TIME', which is $seconds seconds: it must be longer than NOTICE=$NOTICE seconds," \
-      "since a job requeues itself so long before its limit"
+      "because a job requeues itself NOTICE seconds before its limit"
   for name in PARTITION ACCOUNT; do
     [[ ${!name} =~ ^[A-Za-z0-9_,.-]*$ ]] || fail "$name is '${!name}': it must be a name"
   done
@@ -76,8 +76,8 @@ check_run() {
     fail "PYTHON is '$PYTHON': it does not exist; install it with pip install -e '.[gpu]'"
 }
 
-# Prints the seconds of a time of SLURM: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
-# days-hours:minutes or days-hours:minutes:seconds.
+# Prints the seconds of a time of SLURM: minutes, minutes:seconds, hours:minutes:seconds,
+# days-hours, days-hours:minutes or days-hours:minutes:seconds.
 time_seconds() {
   local days=0 parts
   IFS=: read -ra parts <<< "${1#*-}"
@@ -92,9 +92,9 @@ time_seconds() {
   echo $((((10#$days * 24 + 10#${parts[0]}) * 60 + 10#${parts[1]}) * 60 + 10#${parts[2]}))
 }
 
-# Sets TASKS per node, and the CPUS and ENVIRONMENT of each process. On SLURM, JAX gives a process
-# only the GPU with the number of the process on its node. So with one process per node, the process
-# must list all GPUs. With one process per GPU, every process must see all GPUs (--gpu-bind=none).
+# Sets TASKS per node, and the CPUS and ENVIRONMENT of each process. On SLURM, JAX gives process
+# number n of a node only GPU number n. So with one process per node, JAX_LOCAL_DEVICE_IDS must list
+# all GPUs. With one process per GPU, every process must see all GPUs (--gpu-bind=none).
 tasks() {
   TASKS=1 CPUS=$((CPUS_PER_GPU * GPUS_PER_NODE)) ENVIRONMENT=()
   if [[ $PROCESSES == gpu ]]; then
@@ -113,10 +113,10 @@ directive() {
 }
 
 # Prints the script that SLURM runs on the first node. If the time limit of a job is near, SLURM
-# sends USR1. Then the script sends TERM to the run, which saves and ends, and requeues the job.
-# `scancel --signal` is needed because srun answers a TERM of its own by killing the run. If SLURM
-# sends TERM to the whole job, the script waits for the run, which has got its own TERM. SLURM counts
-# the starts of a job in SLURM_RESTART_COUNT.
+# sends USR1. Then the script sends TERM to the run, waits until the run has saved and ended, and
+# requeues the job. `scancel --signal` is needed because srun kills the run if srun itself gets
+# TERM. If SLURM sends TERM to the whole job, the run gets the TERM too, so the script only waits
+# for the run. SLURM counts the restarts of a job in SLURM_RESTART_COUNT.
 batch() {
   echo '#!/bin/bash'
   directive --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" \

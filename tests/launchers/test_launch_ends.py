@@ -207,7 +207,7 @@ def test_a_signal_to_the_script_stops_the_run_on_the_hosts(place, number, code, 
     assert [line[0] for line in place.told()] == ["start", "SIGTERM"]
     assert place.told()[0][2]  # a lost connection or a shutdown sends HUP, which must not end it
     assert len(list((place.folder / "shared" / "W" / "checkpoints").iterdir())) == 1
-    assert err.startswith("stopping the run on all hosts, which save; a second signal ends")
+    assert err.startswith("all hosts save the run and stop; a second signal ends")
     assert f"error: the run ended with {code}: repeat the command to continue." in err
     assert not place.processes()
 
