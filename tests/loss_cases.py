@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from copsd_jax.losses import divergence_loss
+from copsd_jax.losses import divergence_loss, divergences
 from copsd_jax.losses.pallas import block_sizes
 from copsd_jax.losses.pallas import dispatch as kernels
 
@@ -29,7 +29,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "pallas_gpu": {"kernel": kernels.KernelOptions(blocks=SMALL, interpret=True)},
 }
 FACTORS = {
-    "divergence": ("fkl", "rkl", "jsd", "jsd normalised", "sampled"),
+    "divergence": (*divergences.DIVERGENCES, "jsd normalised", "sampled"),
     "clip": ("none", "element", "token", "token_weight", "huber"),
     "top_k": ("all", "teacher", "student", "union", "teacher tail", "student tail", "union tail"),
     # all: every row; some: 0 and NaN in the others; live: 0, with statistics; ratio: importance

@@ -50,6 +50,9 @@ def entries(logp: np.ndarray, logq: np.ndarray, s) -> np.ndarray:
         elif s.divergence == "rkl":
             e = p * (logp - logq)
         else:
+            assert s.divergence == "jsd", (
+                f"oracle.py lacks {s.divergence}: extend entries and slope"
+            )
             mix = mixture(logp, logq, s.beta)
             e = s.beta * q * (logq - mix) + (1 - s.beta) * p * (logp - mix)
             e = e / (s.beta * (1 - s.beta)) if s.normalize_beta else e
@@ -174,6 +177,9 @@ def slope(z_s, z_t, tokens_T, s, frozen: Frozen) -> np.ndarray:
         elif s.divergence == "rkl":
             a = logp - logq + 1
         else:
+            assert s.divergence == "jsd", (
+                f"oracle.py lacks {s.divergence}: extend entries and slope"
+            )
             scale = 1 / (s.beta * (1 - s.beta)) if s.normalize_beta else 1.0
             a = scale * (1 - s.beta) * (logp - mixture(logp, logq, s.beta))
     a = np.where(np.isneginf(logp), 0, a)

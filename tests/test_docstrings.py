@@ -18,10 +18,10 @@ VERBS = set(
     describes detects divides downloads draws drops encodes ends ensures escapes estimates
     evaluates executes expands exports extracts fetches fills filters finds finishes fits
     flattens folds formats forms gathers generates gives grades groups guards handles hands
-    hashes holds imports inserts iterates joins keeps lets lists loads locates looks lowers maps
-    marks masks matches measures merges migrates models moves multiplies names normalizes normalises
-    opens orders packs pads parses partitions permutes picks places plans predicts prepares
-    presents prints processes projects propagates pulls puts quantises quantizes raises ranks
+    hashes holds imports inserts iterates joins keeps lets lists loads locates looks lowers makes
+    maps marks masks matches measures merges migrates models moves multiplies names normalizes
+    normalises opens orders packs pads parses partitions permutes picks places plans predicts
+    prepares presents prints processes projects propagates pulls puts quantises quantizes raises ranks
     reads rebuilds receives records reduces refuses releases removes renames renders repeats
     replaces replays reports reserves reshapes resolves restores restricts retries returns
     rewrites rotates rounds runs samples saves scales scatters scores searches selects sends

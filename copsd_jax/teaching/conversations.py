@@ -88,6 +88,7 @@ PLAIN: dict[str, Callable[[problem_row.Row, Section], str]] = {
     "reflection": lambda row, part: f"\nHint: {join_prompt_lines(part.text)}",
     "critique": lambda row, part: f"\nCorrected steps: {join_prompt_lines(part.text)}",
     "again": lambda row, part: "",
+    "note": lambda row, part: f"\n{join_prompt_lines(part.text)}",
     "instruction": lambda row, part: "\nAnswer:",
 }
 
@@ -124,6 +125,7 @@ CHAT: dict[str, Callable[[languages.Language, problem_row.Row, Section], str]] =
         f"The steps of an earlier attempt, corrected:\n{_fence('Trace', part.text)}"
     ),
     "again": lambda lang, row, part: AGAIN,
+    "note": lambda lang, row, part: part.text,  # for contexts whose text is in no field of a row
 }
 
 TUTOR = "You are a careful tutor. You keep exactly to the format that is asked for."

@@ -219,7 +219,7 @@ def test_importance_by_hand():
     np.testing.assert_allclose(got, [1, 1.5, 0.5, 1.5, np.exp(-60)], rtol=1e-5)
 
 
-EQUAL_CASES = list(zip(divergences.DIVERGENCES, divergences.TOP_K_OF, strict=True))
+EQUAL_CASES = list(zip(divergences.DIVERGENCES, itertools.cycle(divergences.TOP_K_OF)))
 
 
 @pytest.mark.parametrize("name, whose", EQUAL_CASES)

@@ -382,10 +382,10 @@ def test_the_rule_is_refused_where_solutions_are_no_equations(tmp_path):
 def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
     """The example of DESIGN.md runs as it stands there."""
     text = (conftest.ROOT / "DESIGN.md").read_text(encoding="utf-8")
-    code = text.split("```python\n# A new context")[1].split("```")[0]
+    code = text.split("**A context**")[1].split("```python\n")[1].split("```")[0]
     scope = {}
     monkeypatch.setattr(contexts, "CONTEXTS", dict(contexts.CONTEXTS))
-    exec("# A new context" + code, scope)
+    exec(code, scope)
     settings = contexts.Settings("answer_only")
     with runs.loaded("opsd", context__kind="answer_only") as (r, _):
         row = r.plan.rows[0]

@@ -4,6 +4,8 @@ Each test adds one entry and nothing else. Oracles: the text of the prompt, auto
 differentiation, and rewards written by hand.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +88,7 @@ def hellinger_plain(student, teacher, settings):
 
 
 def test_a_divergence_is_one_entry(monkeypatch):
-    assert "the choices are fkl, rkl, jsd, sampled" in refusal(loss__divergence="hellinger")
+    assert re.search(r"the choices are fkl, .*\bsampled$", refusal(loss__divergence="hellinger"))
     kind = divergences.Kind(hellinger, hellinger_plain, settings=("loss.beta",))
     monkeypatch.setitem(divergences.DIVERGENCES, "hellinger", kind)
     config = runs.config("opsd", loss__divergence="hellinger", loss__beta=0.3)
@@ -122,7 +124,8 @@ def test_an_unknown_entry_is_refused_by_the_command(tmp_path, capsys):
     assert main.main(argv) == 2
     assert not (tmp_path / "w").exists()
     said = capsys.readouterr().err
-    assert said == "error: loss.divergence is 'warp': the choices are fkl, rkl, jsd, sampled\n"
+    said = said.removeprefix("error: loss.divergence is 'warp': the choices are fkl, rkl, jsd, ")
+    assert re.fullmatch(r"(\w+, )*sampled\n", said)
 
 
 def test_tables_and_declarations_agree():
