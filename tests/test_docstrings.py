@@ -13,23 +13,23 @@ FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 VERBS = set(
     """
     accumulates adds allocates answers appends applies asks assigns attends averages begins
-    blocks broadcasts builds calls casts checks chooses clips closes combines compares
-    compiles computes concatenates converts copies counts creates cuts decides decodes
+    blocks broadcasts builds calls casts checks chooses clips closes combines compares compiles
+    completes computes concatenates connects converts copies counts creates cuts decides decodes
     describes detects divides downloads draws drops encodes ends ensures escapes estimates
     evaluates executes expands exports extracts fetches fills filters finds finishes fits
-    flattens folds formats forms gathers generates gives grades groups guards handles hands
-    hashes holds imports inserts iterates joins keeps lets lists loads locates looks lowers makes
-    maps marks masks matches measures merges migrates models moves multiplies names normalizes
-    normalises opens orders packs pads parses partitions permutes picks places plans predicts
-    prepares presents prints processes projects propagates pulls puts quantises quantizes raises ranks
-    reads rebuilds receives records reduces refuses releases removes renames renders repeats
-    replaces replays reports reserves reshapes resolves restores restricts retries returns
-    rewrites rotates rounds runs samples saves scales scatters scores searches selects sends
-    sets shards shortens shows skips sorts spells splits stacks starts states stops stores
-    streams strips submits sums suppresses sweeps switches synchronises takes tells tests
-    times tokenizes trains transfers transforms translates transposes traces truncates tries
-    turns unpacks updates validates verifies visits waits walks warns wraps writes yields
-    zeroes
+    flattens flushes folds formats forms gathers generates gives grades groups guards handles
+    hands hashes holds imports inserts iterates joins keeps lets lists loads locates looks
+    lowers makes maps marks masks matches measures merges migrates models moves multiplies names
+    normalises normalizes opens orders packs pads parses partitions permutes picks places plans
+    predicts prepares presents prints processes projects propagates pulls puts quantises
+    quantizes raises ranks reads rebuilds receives records reduces refuses rejects releases
+    removes renames renders renews repeats replaces replays reports reserves reshapes resolves
+    restores restricts retries returns rewrites rotates rounds runs samples saves scales
+    scatters scores searches selects sends serializes sets shards shortens shows skips sorts
+    spells splits stacks starts states stops stores streams strips submits sums suppresses
+    sweeps switches synchronises takes tells tests times tokenizes traces trains transfers
+    transforms translates transposes tries truncates turns unpacks updates validates verifies
+    visits waits walks warns wraps writes yields zeroes
     """.split()
 )
 # Openings that leave the reader without a subject.

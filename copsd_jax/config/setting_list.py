@@ -168,8 +168,7 @@ SETTINGS: dict[str, Setting] = {
         "error on, or the tokens of the wrong step",
         one_of("all", "from_error", "error_step", function=True), _TEACHER),
     "tokens.on_failure": declare("skip", "if the error is not found: teach the full completion, "
-        "skip the completion, or teach from the closest step on", one_of("full", "skip", "step"),
-        _ERROR),
+        "skip it, or teach from the closest step on", one_of("full", "skip", "step"), _ERROR),
     "tokens.occurrence": declare("first", "which occurrence is used if a quote occurs more than "
         "once", one_of("first", "last"), _ERROR),
     "tokens.fuzzy": declare(0.8, "share of the quote that an inexact match must contain", SHARE,
@@ -219,8 +218,7 @@ SETTINGS: dict[str, Setting] = {
         _TEACHER),
     "loss.top_k_of": declare("teacher", "whose k best tokens are summed",
         entry_of("losses/divergences.py TOP_K_OF"), _TOP_K),
-    "loss.tail": declare(False, "add all tokens outside the top k as one entry, instead of "
-        "renormalising"),
+    "loss.tail": declare(False, "one entry for all tokens outside the top k; False: renormalise"),
     "loss.rollout_clip": declare(0.0, "upper limit of a token's weight p_trainer(y) / "
         "p_sampler(y); 0 is off", NOT_NEGATIVE, _TEACHER),
     "loss.clip_mode": declare("none", "which value loss.clip bounds",
