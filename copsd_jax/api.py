@@ -358,7 +358,7 @@ def score(
 
 
 def _check_api_scores(scores: Scores, name: str) -> Scores:
-    """Returns scores as arrays; refuses other values, and ids without a log-probability."""
+    """Converts scores to arrays; refuses what is no `Scores`, and ids without a log-probability."""
     if not isinstance(scores, Scores):
         kind = type(scores).__name__
         raise TypeError(

@@ -291,8 +291,8 @@ def _restore_guards(
         if event["action"] != "warn" and acted[event["step"], event["action"]] > 0:
             raise failures.UnusableFile(
                 f"{file} has an action that does not follow from metrics.jsonl ({event['text']}): "
-                "restore the lines of metrics.jsonl from a copy, or remove the line of this action "
-                "from events.jsonl, to continue without it"
+                "restore the lines of metrics.jsonl from a copy or, to continue without this "
+                "action, remove its line from events.jsonl"
             )
     if lost := len(said) - len(read):
         count = config_lib.spell_count(lost, "event")

@@ -345,7 +345,7 @@ def write_cache_entries(
     turned = entries[0].shape[2] % 128 != 0
     tiles = [_find_tile(x, turned) for x in caches]
     caches = _turn(caches, turned)
-    # New entries get an axis of length 1, at the position of the cache's axis of entries.
+    # New entries get an axis of length 1 where the cache has its axis over entries.
     entries = [jnp.expand_dims(x, axis - 1) for x, (axis, _) in zip(entries, tiles, strict=True)]
     length = caches[0].shape[tiles[0][0]]
 

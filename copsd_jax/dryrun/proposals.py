@@ -49,7 +49,7 @@ class Change:
     """A change of settings with which the run fits, or may fit.
 
     Attributes:
-      words: the change as command-line flags, after the name of the devices if they change.
+      words: the change as command-line flags; if the devices change, their name comes first.
       held: bytes of the held arrays on each device, without temporaries; 0 if compiled programs
         show that the change fits.
       config: the changed settings.
@@ -64,7 +64,7 @@ class Change:
 
 @dataclasses.dataclass
 class Proposals:
-    """The largest sizes that fit; for a run that does not fit, also changes with which it may fit.
+    """The largest sizes that fit, and, if the run does not fit, changes that may make it fit.
 
     Attributes:
       largest: for each setting, the largest useful value that fits; 0 if no value fits.
@@ -192,8 +192,8 @@ def fit_memory_line(
 ) -> Callable[[int], float]:
     """Returns a function that maps the size of a phase to the phase's bytes on each device.
 
-    A separate straight line of bytes against size is fitted to every part and every program,
-    because different programs may need the most memory at different sizes.
+    The bytes of every part and every program are linear functions of the size. Each is fitted
+    separately, because different programs may need the most memory at different sizes.
 
     Args:
       one: a phase, and the size at which the phase was compiled.

@@ -187,7 +187,7 @@ def divergence(
 
 
 def _widen(inputs: TokenInputs, hidden_TD: jax.Array) -> TokenInputs:
-    """Casts all inputs except the tokens to `precision.sum_dtype` of the states."""
+    """Casts all inputs, except the tokens, to the dtype in which sums over the states are taken."""
     tokens_T, *others = inputs
     dtype = precision.sum_dtype(hidden_TD)
     return TokenInputs(tokens_T, *jax.tree.map(lambda x: jnp.asarray(x, dtype), others))

@@ -77,7 +77,7 @@ def count_try(workdir: pathlib.Path, attempt: int) -> tuple[int, Progress]:
 
     Args:
       workdir: the work directory.
-      attempt: the number of the start; 0 begins a new count.
+      attempt: how often a launcher has already started the run again; 0 begins a new count.
 
     Returns:
       The number of starts in a row without progress, including this start, and the progress so

@@ -328,7 +328,7 @@ def _append_drawn_tokens(
 
 
 def drop_tokens(finish: str = "nonfinite", detail: str = "") -> Completion:
-    """Returns the completion of a text that cannot be used; the completion is empty."""
+    """Returns an empty completion, which replaces a completion that cannot be used."""
     none = np.zeros(0, np.float32)
     return Completion((), none, none, finish, detail)
 

@@ -182,7 +182,7 @@ def read_key(server: Server) -> str:
     key = os.environ.get(name, "")
     if re.fullmatch(r"[!-~]+", key):
         return key
-    if not re.fullmatch("[A-Z_][A-Z0-9_]*|[a-z_]+", name):  # keys mix cases and digits
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*|[a-z_]+", name):  # keys have both cases, or digits
         raise ValueError(
             f"{server.section}.key_env is not the name of an environment variable that is set (its "
             "value is not shown, because it may be a key): put the key into an environment "

@@ -262,7 +262,7 @@ def _build_chat_prompt(
     text = _render_chat_template(tokenizer, guarded, thinking, prompt_format.date)
     if text.count(guard.mark) != 1:
         raise ValueError("the chat template does not show each message exactly once")
-    # If the template quotes or measures a message, the mark also changes other parts of the text.
+    # If the template repeats a message or writes its length, the mark changes more of the text.
     if text.replace(guard.mark, "") != plain:
         said = "it writes more about messages than their contents, for example their length"
         raise ValueError(_explain_template(tokenizer, said))

@@ -293,8 +293,9 @@ def _build_automaton(word: str) -> tuple[list[dict[str, int]], list[int], list[i
             continue
         parents[new] = target = steps[state][c]
         if sizes[target] > sizes[state] + 1:
-            # Let w be the longest word of `state` with `c` appended. The state `target` also stands
-            # for words longer than w, so a copy of `target` takes over w and the shorter words.
+            # Append `c` to the longest word of `state`, and call the result w. The state `target`
+            # also stands for words longer than w, so a copy of `target` takes over w and the
+            # shorter words.
             parents[new] = copy = len(steps)
             steps.append(dict(steps[target]))
             sizes.append(sizes[state] + 1)

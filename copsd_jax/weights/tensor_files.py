@@ -157,7 +157,9 @@ def _list_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str] | None]
             raise ValueError(f"{folder / INDEX} has no weight_map")
         for name, file in index.items():
             if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-                raise ValueError(f"{folder / INDEX}: the file of {name} is {file!r}, not a name")
+                raise ValueError(
+                    f"{folder / INDEX}: the file of {name} is {file!r}, not a file name"
+                )
         files = sorted(set(index.values()))
         if files != [SINGLE] and (folder / SINGLE).is_file():
             raise ValueError(

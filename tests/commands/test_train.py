@@ -293,8 +293,8 @@ def test_an_action_that_the_metrics_do_not_give_again_is_refused(tmp_path):
             guarded(tmp_path, lines, events)
         assert str(refused.value) == (
             f"{tmp_path}/events.jsonl has an action that does not follow from metrics.jsonl (step "
-            "2: said): restore the lines of metrics.jsonl from a copy, or remove the line of this "
-            "action from events.jsonl, to continue without it"
+            "2: said): restore the lines of metrics.jsonl from a copy or, to continue without this "
+            "action, remove its line from events.jsonl"
         )
         assert read_lines(tmp_path / "events.jsonl") == events
     assert guarded(tmp_path, lines, [warned])[0]["factor"] == 0.5
