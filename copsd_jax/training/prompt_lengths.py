@@ -155,8 +155,8 @@ def bound_teacher(
       config: the run's settings.
       context: the privileged context; replies and siblings' answers make prompts longer.
       model_config: the shape of the model, including the maximum number of positions.
-      shortest: a lower bound for the longest teacher prompt: the longest over all rows, with attempts
-        and replies as short as possible.
+      shortest: a lower bound for the longest teacher prompt: the longest over all rows, with
+        attempts and replies as short as possible.
     """
     reads = contexts.list_inputs(context)
     tokens = shortest + (config.author.max_tokens if "reply" in reads else 0)

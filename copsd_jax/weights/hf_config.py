@@ -78,7 +78,7 @@ def _read_hf_rope(raw: Mapping, file: pathlib.Path) -> tuple[float, transformer.
 
 
 def _to_float(key: str, value: Any, file: pathlib.Path) -> float:
-    """Returns a numeric setting of RoPE as a float; refuses values that are not finite and positive."""
+    """Returns a number of RoPE's settings as a float; refuses all but finite positive numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{file}: {key} is {value!r}, but must be a positive number")
     return float(value)
