@@ -33,8 +33,8 @@ def extract_answer(text: str, pattern: str, where: str) -> str | None:
         empty. Boxes that are separated only by commas or "and" form one answer, which is a list.
         Braces must balance; `\{` and `\}` do not count as braces. If the last box is never closed,
         there is no answer, as in the reference code. `answer_is` extracts the text after the last
-        "The answer is". This text ends with the sentence or the line, or before a reason ("since
-        ...").
+        "The answer is". The text goes to the end of the sentence or line, or to a reason
+        ("since ...").
       where: `last_after_think` searches after the last `</think>`. If a `<think>` is open at the
         end of the text, there is no answer yet. A text without think tags is searched as a whole.
         If the prompt opened a think block, the caller must put `<think>` in front of the text.

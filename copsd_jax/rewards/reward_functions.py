@@ -273,8 +273,8 @@ def _read_gold_calls(gold: str) -> _Calls:
             given = call.get("Action_Input")
             arguments |= _canonicalize(_DECODER.decode(given) if isinstance(given, str) else given)
     if not names:
-        # A gold answer must contain a call, because a completion without calls has the status
-        # no_answer.
+        # Without a call in the gold answer, no completion could be right: a completion without
+        # calls has the status no_answer.
         raise ValueError("a gold answer needs an Action")
     return names, arguments
 

@@ -116,7 +116,7 @@ def _run_grader_worker(memory: int) -> None:
     from copsd_jax.rewards import algebra
 
     compare = algebra.build_comparison()
-    compare("x+1", r"\frac{x}{2}", True)  # builds tables before comparisons have a time limit
+    compare("x+1", r"\frac{x}{2}", True)  # builds tables, while no time limit is set
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):  # a worker writes no files
         resource.setrlimit(limit, (0, 0))
     print(json.dumps("ready"), file=replies, flush=True)

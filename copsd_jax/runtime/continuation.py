@@ -40,8 +40,8 @@ CHANGEABLE = (
         for name in ("timeout", "retries", "backoff", "concurrency", "key_env")
     ),
 )
-# Settings whose value the program may choose at the first start; each value here requests this
-# choice. config.json has the chosen value, and a continued run keeps the chosen value. For example,
+# Settings that the program may choose at the first start, each with the value that asks the program
+# to choose. config.json has the chosen value, and a continued run keeps the chosen value. For example,
 # a run that began in float32 stays in float32, even on a GPU.
 CHOSEN_AT_START = {"prompt.date": "", "model.commit": "", "model.dtype": "auto"}
 # The options of JAX that decide random numbers or precision.
@@ -113,7 +113,7 @@ def compare_settings(directory: pathlib.Path, settings: Mapping[str, object]) ->
 
 
 def _is_newest_checkpoint(name: str, was: Any, now: Any) -> Any:
-    """Returns whether `name` is model.init_from, and `was` is a checkpoint in directory `now`."""
+    """Returns whether `name` is model.init_from, and directory `now` has the checkpoint `was`."""
     return name == "model.init_from" and now and was.startswith(f"{now.rstrip('/')}/checkpoints/")
 
 

@@ -41,7 +41,7 @@ def check_author_server(config: config_lib.Config, longest: int | None) -> None:
         problem = f"{what.url} did not list its models in {count} ({outcome.status})"
         problem = f"{what.url} lists no models" if outcome.status == "ok" else problem
         cached = server.cache and any(pathlib.Path(server.cache).glob("*.json"))
-        # The list of `transformers serve` is empty if it serves a folder.
+        # If `transformers serve` serves a folder, its list of models is empty.
         empty = outcome.status in ("ok", "bad_reply")
         listless = empty or outcome.detail.startswith(_WITHOUT_LIST)
         if not (listless or (cached and outcome.status in ("unreachable", "timeout"))):

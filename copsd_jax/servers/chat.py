@@ -19,7 +19,7 @@ from copsd_jax.runtime import storage, streams
 from copsd_jax.servers import client
 
 USABLE = ("ok", "cut")  # answers with these statuses have a text, and are cached
-_SENT_AGAIN = "sent again with "  # start of `detail` if the server first refused the request
+_SENT_AGAIN = "sent again with "  # `detail` begins with this text if the server first refused
 
 
 @dataclasses.dataclass(frozen=True)

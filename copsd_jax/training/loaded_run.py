@@ -411,7 +411,7 @@ def compile_run_sampler(run: LoadedRun, state: train_step.State) -> Iterator[str
 
 @contextlib.contextmanager
 def _name_memory_settings(section: str) -> Iterator[None]:
-    """Adds the names of the settings that determine the sampler's size to a MemoryError."""
+    """Adds to a MemoryError the names of the settings that determine the sampler's size."""
     try:
         yield
     except MemoryError as error:

@@ -26,7 +26,7 @@ by the bandwidth. The estimate assumes that vector work overlaps with the work o
 On v5e, N is 2048, because v5e has only 16 GB of HBM; on v6e, N is 4096. By this estimate, forward
 KL takes 1.24 times as long as the needed matmuls alone on v5e, and 1.47 times as long on v6e. JSD
 and clipped divergences take 1.32 times as long as the needed matmuls alone on v5e, and 1.66 times
-as long on v6e. HBM holds the stored entries [N, V] of only one block at a time, for every T.
+as long on v6e. For every T, HBM holds the stored entries [N, V] of only one block at a time.
 
 In each row of a tile, m_s and m_t are the maxima of the student's and of the teacher's logits. An
 entry is stored as two numbers relative to m_s and m_t. The first number is the larger of
