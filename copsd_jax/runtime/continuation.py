@@ -41,8 +41,8 @@ CHANGEABLE = (
     ),
 )
 # Settings that the program may choose at the first start, each with the value that asks the program
-# to choose. config.json has the chosen value, and a continued run keeps the chosen value. For example,
-# a run that began in float32 stays in float32, even on a GPU.
+# to choose. config.json has the chosen value, and a continued run keeps the chosen value. For
+# example, a run that began in float32 stays in float32, even on a GPU.
 CHOSEN_AT_START = {"prompt.date": "", "model.commit": "", "model.dtype": "auto"}
 # The options of JAX that decide random numbers or precision.
 JAX_OPTIONS = (

@@ -233,8 +233,7 @@ class _PolicyKeeper:
         """Returns a function for `client.repeat_call` that restores a lost policy before it sends.
 
         After a request without an answer, the server may have been restarted. A restarted server
-        does not know the adapter, or has the base weights again. If `stop` is set, a restore ends
-        restore.
+        does not know the adapter, or has the base weights again. If `stop` is set, a restore ends.
         """
         suspect, known = False, 0
 
