@@ -182,7 +182,7 @@ def _walk_hlo_computation(program: _Program, name: str, times: int) -> None:
                 if fused
                 else _count_hlo_flops(ops, op)
             )
-            program.costs.append(Cost(op.name, flops, _count_hlo_bytes(program, ops, op), times))
+            program.costs.append(Cost(op.name, flops, _count_hlo_traffic(program, ops, op), times))
 
 
 def _read_hlo_attribute(op: hlo.Op, key: str) -> str:
@@ -322,7 +322,7 @@ def _count_convolution_pairs(left: int, right: int, out: int, window: dict[str, 
 # --- bytes ------------------------------------------------------------------------------------
 
 
-def _count_hlo_bytes(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
+def _count_hlo_traffic(program: _Program, ops: dict[str, hlo.Op], op: hlo.Op) -> float:
     """Counts the bytes that an instruction reads from and writes to main memory."""
     result = hlo.count_hlo_main_bytes(op.result)
     if op.kind == "custom-call" and (estimate := _read_custom_call_cost(op)):

@@ -336,7 +336,7 @@ def build_failed_program(name: str, arguments: int, error: BaseException) -> Pro
     """Returns the `Program` for a failed compilation, with the bytes that the program would need.
 
     Raises:
-      BaseException: `error` itself, if the failure had another cause than a lack of memory.
+      BaseException: `error` itself, if a lack of memory was not the cause of the failure.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:

@@ -192,8 +192,8 @@ def fit_memory_line(
 ) -> Callable[[int], float]:
     """Returns a function that maps the size of a phase to the phase's bytes on each device.
 
-    The bytes of every part and every program are linear functions of the size. Each is fitted
-    separately, because different programs may need the most memory at different sizes.
+    Every part and every program gets its own straight line of bytes against size, because different
+    programs may need the most memory at different sizes.
 
     Args:
       one: a phase, and the size at which the phase was compiled.

@@ -260,7 +260,8 @@ def _format_checks(place: dict[str, Any]) -> list[str]:
     lines = []
     for name, one in place.get("checked", {}).items():
         state = "fits" if one["fits"] else "does not fit"
-        lines.append(f"  checked by compilation: {name} {one['total'] / GIB:.2f} GiB, {state}")
+        size = f"{one['total'] / GIB:.2f} GiB"
+        lines.append(f"  compiled with these settings: {name} {size}, {state}")
     return lines
 
 

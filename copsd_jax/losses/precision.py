@@ -28,9 +28,9 @@ def differ(a_TD: jax.Array, b_TD: jax.Array) -> jax.Array:
 
     A compiler may fuse the same computation in two ways. After 30 layers, the float32 hidden states
     of two equal inputs may therefore differ by up to 8e-6 of the largest element. In bfloat16, the
-    hidden states of equal inputs are equal. The limit is 128 times the rounding error of
-    `sum_dtype`. In float32, the limit is 1.5e-5 of the largest element. A row that contains NaN or
-    infinity counts as a row that differs.
+    hidden states of equal inputs are equal. Relative to the largest element of the row of `a_TD`,
+    the limit is 128 times the rounding error of `sum_dtype`: 1.5e-5 for states in float32 or
+    bfloat16. A row that contains NaN or infinity counts as a row that differs.
     """
     dtype = sum_dtype(a_TD)
     gap_TD = jnp.abs(a_TD.astype(dtype) - b_TD.astype(dtype))

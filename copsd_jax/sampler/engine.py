@@ -58,7 +58,8 @@ from copsd_jax.runtime import sharding
 from copsd_jax.sampler import truncation
 
 UNSTACK_FROM = 2**20  # bytes per layer; for smaller layers, `unstack_layers` saves no time
-INSERT_BLOCK = 64  # number of entries that `insert` copies at once; a slot has 64 spare entries
+# Number of entries that `insert` copies at once. Each slot has at least as many spare entries.
+INSERT_BLOCK = 64
 
 
 class LayerWeights(NamedTuple):

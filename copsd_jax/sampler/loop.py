@@ -315,7 +315,7 @@ def _pack_insertions(inputs: request.Inputs, parts: list[list], per: int) -> eng
 def _append_drawn_tokens(
     inputs: request.Inputs, row: int, text: _PartialCompletion, drawn: engine.DrawnTokens, slot: int
 ) -> int:
-    """Appends a slot's new tokens, up to the end of a stop string; returns the number of tokens."""
+    """Appends a slot's new tokens, up to the end of a stop string; returns how many it appends."""
     columns = np.flatnonzero(drawn.token_JE[slot] >= 0)
     end, text.tail = request.find_stop_string(
         text.tail, drawn.token_JE[slot, columns].tolist(),
