@@ -62,7 +62,7 @@ def compute_advantages(
     return out_B
 
 
-def find_policy_loss_groups(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
+def mark_policy_loss_completions(rewards_B: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
     """Returns bool [B]: for each completion, whether the rewards in its group differ.
 
     If all rewards in a group are equal, all advantages in the group are 0.

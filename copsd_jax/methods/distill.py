@@ -94,7 +94,7 @@ def _choose_distilled(c, done: Rollouts) -> list[bool]:
     """Decides for each completion, before contexts are written, whether to distill it."""
     wanted = np.array([not completion.dropped for completion in done.completions])
     if c.context.filter_groups:
-        wanted &= policy_loss.find_policy_loss_groups(done.rewards(), np.asarray(done.groups))
+        wanted &= policy_loss.mark_policy_loss_completions(done.rewards(), np.asarray(done.groups))
     if c.context.correct == "skip" or c.policy.route == "successes":
         wanted &= ~np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     return wanted.tolist()

@@ -56,7 +56,7 @@ def make_batch(
     records = rollout_records.build_records(r, done)
     for b, record in enumerate(records):
         record["advantage"] = float(batch.advantage_BC[b, 0])
-    informative = policy_loss.find_policy_loss_groups(done.rewards(), np.asarray(done.groups))
+    informative = policy_loss.mark_policy_loss_completions(done.rewards(), np.asarray(done.groups))
     metrics = rollout_records.measure_rollouts(records, done.sampler)
     metrics["informative"] = float(informative.mean())
     prefixes = rollouts.encode_training_prefixes(r, state, done.asked[0], None)
@@ -84,7 +84,7 @@ def add_group_advantages(
     success_B = np.array([bool(verdict and verdict.correct) for verdict in done.verdicts])
     kept_B = success_B if successes_only else groups_B >= 0  # below 0, the reward is unknown
     if c.context.filter_groups:
-        kept_B = kept_B & policy_loss.find_policy_loss_groups(rewards_B, groups_B)
+        kept_B = kept_B & policy_loss.mark_policy_loss_completions(rewards_B, groups_B)
     C = batch.mask_BC.shape[1]
     return batch._replace(
         policy_BC=batch.mask_BC & kept_B[:, None],

@@ -33,7 +33,9 @@ def test_advantages_by_hand():
     got = policy_loss.compute_advantages(rewards_B, groups_B, scale="std")
     np.testing.assert_allclose(got, scaled, atol=1e-6)
     want = [True, True, True, False, True, True, True, False, False, True, True]
-    np.testing.assert_array_equal(policy_loss.find_policy_loss_groups(rewards_B, groups_B), want)
+    np.testing.assert_array_equal(
+        policy_loss.mark_policy_loss_completions(rewards_B, groups_B), want
+    )
 
 
 def test_advantages_of_graded_rewards():
