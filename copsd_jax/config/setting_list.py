@@ -259,7 +259,7 @@ SETTINGS: dict[str, Setting] = {
     "guards.rules": declare("",
         "rules, such as 'repetition>0.5:stop,entropy_student<0.1@3:lr*0.5'"),
     "guards.bad_steps": declare(3, "stop after this many steps in a row with a loss or gradient "
-        "that is not finite, or without any usable completion, reply or reward; 0: never",
+        "that is not finite, or with too few usable completions, replies or rewards; 0: never",
         whole(0)),
     "guards.logp_gap": declare(0.0, "bound of logp_gap_max, in nats; a step above the bound "
         "warns, or stops the run if a loss reads the server's log-probabilities; 0 means 0.01 in "

@@ -15,8 +15,10 @@ import math_verify.parser
 import sympy
 
 _DIGITS = 50
-_EXACT = sympy.Rational(1, 10**25)  # largest relative difference of two exact forms
-_ROUNDED = sympy.Rational(2, 10**6)  # largest relative difference of a rounded decimal
+# Two values agree if their relative difference is at most _EXACT. If one of the values is a
+# decimal, which may be rounded, the limit is _ROUNDED.
+_EXACT = sympy.Rational(1, 10**25)
+_ROUNDED = sympy.Rational(2, 10**6)
 _POINTS = (sympy.Rational(37, 29), sympy.Rational(113, 47))
 
 

@@ -27,7 +27,7 @@ STATUSES = (
 UNRESOLVED = ("timeout", "died", "too_long")  # undecided, but counted as wrong
 
 _CACHED = 100_000  # maximum number of entries in each cache of a grader
-_CLASS_LIMITS = 6  # after this many time limits, a vote no longer asks math-verify
+_CLASS_LIMITS = 6  # after this many times `seconds`, a vote no longer uses math-verify
 
 Verdict = tuple[bool, str]  # (equal, status)
 
@@ -166,7 +166,7 @@ class Grader:
         Classes are numbered in order of first appearance. An answer is compared with the first
         answer of each class. The class of None is -1. If several answers are equal strings, only
         the first of these answers is compared. If the grouping takes longer than `_CLASS_LIMITS`
-        time limits, all further comparisons are made without math-verify.
+        times `seconds`, all further comparisons are made without math-verify.
         """
         deadline = time.monotonic() + _CLASS_LIMITS * self._seconds
         firsts: list[str] = []

@@ -85,7 +85,7 @@ _OWN_END = re.compile(r"(?:\bp\.m|\ba\.m|[0-9a-z)\]}]!)[.,;:]*$")
 _EQUALS = re.compile(r"^(?:=|:|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|\\therefore(?![a-zA-Z]))\s*")
 _LIST_JOIN = re.compile(r"(?<=[\d)}\]])\s*,?\s+(?:and|or)\s+(?=[-\d(\\\[])")
 _MAXIMUM_DEPTH = 8
-_LONGEST = 10_000  # maximum length for all rules, because some rules take quadratic time
+_LONGEST = 10_000  # longer texts skip most rules, because some rules take quadratic time
 
 
 def fold(text: str) -> str:

@@ -1,6 +1,7 @@
 """Numbers with units, currencies, counted nouns and scale words, in the languages of `units.json`.
 
-For each language, `units.json` has one entry per meaning of a word. Each entry belongs to one kind:
+`units.json` has one entry for each language, kind and meaning. The entry lists all words with this
+meaning. The kinds are:
 
     unit, currency   words that an answer may omit
     scale            words that multiply the number (thousand, lakh, 万)
@@ -48,7 +49,7 @@ _FUNCTIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A number, and the meanings of the words before and after the number.
+    """A number, with the units, scales and other words before and after the number.
 
     Attributes:
       number: the numeral in folded spelling.

@@ -66,7 +66,7 @@ def has_thinking(tokenizer: Tokenizer) -> bool:
       ValueError: the tokenizer has no chat template, or the template fails.
     """
     message = [{"role": "user", "content": "x"}]
-    _check_template_features(tokenizer)
+    _check_template_powers(tokenizer)
     with _limit_time(TEMPLATE_SECONDS):
         on, off = (_render_chat_template(tokenizer, message, value) for value in ("on", "off"))
     return on != off
@@ -115,7 +115,7 @@ def _explain_template(tokenizer: Tokenizer, reason: Any) -> str:
     )
 
 
-def _check_template_features(tokenizer: Tokenizer) -> None:
+def _check_template_powers(tokenizer: Tokenizer) -> None:
     """Refuses a chat template that computes a power.
 
     A power such as 9**9**9 is a single operation of Python, so no time limit can interrupt it. The
@@ -169,7 +169,7 @@ def find_turn_end(tokenizer: Tokenizer) -> int | None:
     """
     question, answer = {"role": "user", "content": "3 + 4?"}, "assistant's content."
     turns = [question, {"role": "assistant", "content": answer}]
-    _check_template_features(tokenizer)
+    _check_template_powers(tokenizer)
     with _limit_time(TEMPLATE_SECONDS):
         prompt, bare, whole = (
             _render_chat_template(tokenizer, messages, "none", "2000-01-01", start)

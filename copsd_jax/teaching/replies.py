@@ -269,8 +269,8 @@ def verify_critique(reply: Reply, attempt_steps: Sequence[str]) -> Reply:
     """Returns a critique, with an error status if the attempt shows that the critique is unusable.
 
     The attempt's steps before the first wrong step must occur in the trace, in the same order.
-    Where the trace repeats a correct step, only the white space may differ. If the attempt is
-    wrong, other steps may be inserted between the right steps. In the trace, the whole wrong step
+    Where the trace repeats a right step, only the white space may differ. If the attempt is wrong,
+    other steps may be inserted between the right steps. In the trace, the whole wrong step
     may occur only inside a repeated right step; parts of the wrong step may occur anywhere. A model
     copies errors that it is shown, so the student would learn a wrong step that the trace contains.
     A critique whose case is neither "right" nor "wrong" is returned unchanged.

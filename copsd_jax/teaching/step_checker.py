@@ -111,7 +111,7 @@ _Reached = list[tuple[equations.Equation, set[int] | None]]
 
 
 def _match_results(attempt: _Equations, needed: _Equations) -> _Reached:
-    """Returns each equation with the indices of the results that it is the first to reach.
+    """Returns each equation of the attempt with the indices of the results that it newly reaches.
 
     The set of indices is empty if earlier equations already reached the results. An equation whose
     value is not a needed result has None instead of a set of indices.

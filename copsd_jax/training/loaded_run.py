@@ -251,8 +251,8 @@ class ServedPolicy:
     def __call__(self, policy: policy_lib.Policy) -> remote_engine.EngineServer:
         """Hands over a policy to the server, and returns the server that samples from the policy.
 
-        If this policy is the last policy that was handed over, the server is asked for the names of
-        its adapters. An adapter is loaded again only if the server lacks it, for example after a
+        If the policy is the last adapter that was handed over, the server is asked for the names of
+        its adapters. The adapter is loaded again only if the server lacks it, for example after a
         restart. Full weights are always loaded again, because the server cannot tell which full
         weights it has.
 

@@ -569,7 +569,7 @@ def make_step(
 
 
 def _update_teacher_average(ema: dict | None, trained: dict, options: Options) -> dict | None:
-    """Returns decay · ema + (1 - decay) · new in float32; returns `ema` if the run has no average.
+    """Returns decay · ema + (1 - decay) · trained in float32; without an average, returns `ema`.
 
     In bfloat16, rounding would remove the small updates of an average with a decay of 0.999. The
     two factors of an adapter are averaged separately, as in the published method. The product of

@@ -152,7 +152,7 @@ def check_source(
         except checkpoint.DamagedCheckpoint as error:
             others = [step for step in checkpoints.steps() if step != int(source.folder.name)]
             raise ValueError(
-                f"model.init_from is {str(source.folder)!r}: {error}; the folder also has "
+                f"model.init_from is {str(source.folder)!r}: {error}; the run also has "
                 f"checkpoints of the steps {others}"
             ) from error
     if source.is_adapter:

@@ -198,7 +198,7 @@ def test_folders_that_do_not_fit_are_refused(adapted, full, tmp_path):
     largest = max((tmp_path / "d/checkpoints/4").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     refused(
-        r"4 in .* is damaged .*; the folder also has checkpoints of the steps \[3\]",
+        r"4 in .* is damaged .*; the run also has checkpoints of the steps \[3\]",
         tmp_path / "d",
         **fresh,
     )
