@@ -277,7 +277,7 @@ def summarize_ending(
     lines += ["", f"{terminal.duration(seconds)} min; everything is in {directory}"]
     steps = plan.config.train.steps
     if skipped := processes.run_on_leader(
-        lambda: metric_files.count_failed_metric_lines(directory, steps)
+        lambda: metric_files.count_failed_metric_steps(directory, steps)
     ):
         lines.append(
             f"skipped {config_lib.spell_count(skipped, 'step')}, because too few completions, "

@@ -149,7 +149,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
             after = _get_evaluation(r, state, int(state.step), directory)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
-    return processes.run_on_leader(lambda: metric_files.count_failed_metric_lines(directory, steps))
+    return processes.run_on_leader(lambda: metric_files.count_failed_metric_steps(directory, steps))
 
 
 def _check_before_training(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:

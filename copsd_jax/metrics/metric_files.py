@@ -108,7 +108,7 @@ def count_updates(workdir: str | os.PathLike, steps: int) -> int:
     return steps - len(idle)
 
 
-def count_failed_metric_lines(workdir: str | os.PathLike, steps: int) -> int:
+def count_failed_metric_steps(workdir: str | os.PathLike, steps: int) -> int:
     """Returns how many of the first `steps` steps were skipped because they failed."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = _read(path)[0] if path.exists() else []

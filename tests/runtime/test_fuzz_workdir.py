@@ -137,7 +137,7 @@ def go_on(run, folder, config):
     written = metric_files.read_metric_lines(folder, 2)
     bad_steps.BadSteps(folder, 3, written)
     summary.summarize_totals(folder, 3)
-    metric_files.count_failed_metric_lines(folder, 3)
+    metric_files.count_failed_metric_steps(folder, 3)
     steps = (
         lambda: train._restore_guards(type("Plan", (), {"guards": RULES}), folder, 2, written),
         lambda: evaluate._read_partial_evaluation(
