@@ -483,3 +483,13 @@ def test_texts_may_use_every_private_character(tiny):
         prompt = prompts.build_student_prompt(tiny, spec(), row)
         assert text in prompt.text
         assert ids_of(prompt).count(tiny.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_a_note_shows_its_text_in_both_wordings():
+    note = conversations.Section("note", "Two steps.\nNo more.")
+    turn = conversations.Turn("user", (conversations.Section("problem"), note))
+    row = make_row(problem="What is 1 + 1?")
+    (message,) = conversations.render_messages(spec(), row, (turn,))
+    assert message["content"].endswith("What is 1 + 1?\n\nTwo steps.\nNo more.")
+    plain = conversations.render_plain_text(row, (turn,))
+    assert plain == "Question: What is 1 + 1?\nTwo steps. No more."

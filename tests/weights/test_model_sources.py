@@ -113,7 +113,7 @@ def test_both_an_index_and_a_single_file_are_refused(copy):
     plan(copy)  # the index names the single file
     for wrong in (7, "../copy/model.safetensors"):
         change(copy / tensor_files.INDEX, weight_map=dict.fromkeys(names, wrong))
-        with pytest.raises(ValueError, match=r"model\.index\.json: .* is in .*, not a file name"):
+        with pytest.raises(ValueError, match=r"index\.json: the file of .* is .*, not a file name"):
             plan(copy)
 
 
