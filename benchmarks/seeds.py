@@ -18,13 +18,13 @@ import numpy as np
 from copsd_jax import main as main_lib
 from copsd_jax import train
 from copsd_jax.metrics import eval_tables, scoring, terminal
-from copsd_jax.runtime import workdir
+from copsd_jax.runtime import evaluation_files
 
 
 def load(directory: pathlib.Path) -> tuple[dict, dict]:
     """Returns the first and the last evaluation of a finished run."""
     files = sorted((directory / "eval").glob("step_*.json"))
-    return workdir.read_json(files[0]), workdir.read_json(files[-1])
+    return evaluation_files.read_evaluation(files[0]), evaluation_files.read_evaluation(files[-1])
 
 
 def shares(result: dict) -> dict[str, dict[str, float]]:

@@ -358,7 +358,7 @@ def score(
 
 
 def _check_api_scores(scores: Scores, name: str) -> Scores:
-    """Converts scores to arrays; refuses what is no `Scores`, and ids without a log-probability."""
+    """Converts scores to arrays; refuses other types, and ids without a log-probability."""
     if not isinstance(scores, Scores):
         kind = type(scores).__name__
         raise TypeError(

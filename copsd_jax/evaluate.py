@@ -297,7 +297,7 @@ def read_evaluation(file: pathlib.Path, rows: Sequence[problem_row.Row]) -> dict
     missing = sum((row.id, row.problem) not in known for row in rows)
     if missing:
         print(
-            f"{file} lacks {missing} of {len(rows)} problems: all problems are evaluated",
+            f"{file} lacks {missing} of {len(rows)} problems, so all are evaluated now",
             flush=True,
         )
     return None if missing else result

@@ -163,7 +163,7 @@ def _check_new_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> None
 
 
 def _shake_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> train_step.State:
-    """Returns a state with a random adapter, `SHAKE` times as large as the base weights."""
+    """Returns a state with a random adapter, whose product has `SHAKE` times the base's size."""
     scale = r.options.adapter_scale
 
     def add_noise(adapter: dict, layers: dict) -> dict:

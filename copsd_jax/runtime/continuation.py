@@ -274,7 +274,7 @@ def fingerprint_files(files: Mapping[str, pathlib.Path]) -> dict[str, str]:
 
 
 def fingerprint_functions(settings: Mapping[str, str]) -> dict[str, str]:
-    """Returns the SHA-256 of each user function's source file, keyed by "setting=function".
+    """Returns the SHA-256 of each user function's source file, by "setting=module:function".
 
     Only the file of the function's own module is read, not the modules that it imports.
 

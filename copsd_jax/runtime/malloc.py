@@ -30,9 +30,8 @@ def keep_freed_memory() -> bool:
     """Tells malloc to keep freed memory, in one arena for all threads; returns True on success.
 
     Call this function before JAX starts its threads. If the threads have already started, each
-    thread may get its own arena.
-    The function affects only speed. If JAX could find an accelerator, or if the C library is not
-    glibc, the function does nothing and returns False.
+    thread may get its own arena. The function affects only speed. If JAX could find an accelerator,
+    or if the C library is not glibc, the function does nothing and returns False.
     """
     if may_have_accelerator() or platform.libc_ver()[0] != "glibc":
         return False

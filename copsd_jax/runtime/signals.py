@@ -1,4 +1,4 @@
-"""Handles signals that ask a process to stop, before or during a run; does not import JAX."""
+"""Handlers of signals that ask a process to stop; this module does not import JAX."""
 
 import contextlib
 import os

@@ -2,8 +2,8 @@
 
 Launchers and clouds send SIGTERM, and Ctrl-C sends SIGINT. Before training begins, a signal ends
 the process at once, because there is nothing to save (`signals.end_at_once`). During training, the
-handler only notes the first signal. The training loop then stops after the current step, or at once
-if the step would take too long. A second signal always ends the process at once.
+first signal stops the training loop after the current step, or at once if the step would take too
+long. A second signal always ends the process at once.
 """
 
 import contextlib

@@ -67,7 +67,7 @@ def explain(path: pathlib.Path, action: str = "written") -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        # A file is in the place of a folder, perhaps in the place of a parent of `path`.
+        # A file is in the place of a folder: at `path`, at a parent of `path`, or inside `path`.
         if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
             reason += f": {error.filename}"
         raise StorageError(f"{path} cannot be {action} ({reason})") from error

@@ -139,7 +139,7 @@ def _write_count(path: pathlib.Path, count: Count) -> None:
 def main(argv: list[str]) -> int:
     """Counts a start, and runs the program after `--`; returns 2 if the start is refused.
 
-    If there is no program after `--`, a start that is not refused returns 0.
+    If no program follows `--`, the function returns 0 for a start that is not refused.
     """
     own, program = argv[1:], []
     if "--" in own:

@@ -262,10 +262,10 @@ def check_files(directory: pathlib.Path) -> None:
         try:
             evaluation_files.read_evaluation(path)
         except ValueError as error:
-            raise ValueError(f"{error}: {_advise_on_damaged_workdir(directory, path)}") from error
+            raise ValueError(f"{error}: {_advise_on_damaged_result(directory, path)}") from error
 
 
-def _advise_on_damaged_workdir(directory: pathlib.Path, path: pathlib.Path) -> str:
+def _advise_on_damaged_result(directory: pathlib.Path, path: pathlib.Path) -> str:
     """Returns advice about a damaged result of an evaluation, for a message."""
     names = [folder.name for folder in (directory / "checkpoints").glob("*")]
     saved, step = [int(name) for name in names if name.isdecimal()], read_step(path)

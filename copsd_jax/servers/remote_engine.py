@@ -369,7 +369,7 @@ def _check_served_logps(reply: dialects.RawCompletion) -> list[float]:
 def _find_served_end(
     sampling: request.Sampling, ids: Sequence[int], token_bytes: Sequence[bytes]
 ) -> int | None:
-    """Returns the number of ids up to and including the id that ends the text, or None."""
+    """Counts the ids up to and including the id that ends the text; None if no id ends it."""
     stops = [text.encode() for text in sampling.stop]
     by_string, _ = request.find_stop_string(b"", ids, stops, token_bytes)
     by_id = next((i for i, token in enumerate(ids, 1) if token in sampling.stop_ids), None)

@@ -62,8 +62,9 @@ def check_sampler_server_gap(
     """Checks that the server's log-probabilities are those of the trainer's policy.
 
     If only rounding differs, all gaps are below 1e-4 in float32. Among 1e5 tokens in bfloat16, some
-    tokens have gaps of 1 nat or more. Therefore the bound in float32 is 100 times 1e-4, and the
-    bound in bfloat16 is 3 nats, which is a factor of 20 between two probabilities.
+    tokens have gaps of 1 nat or more. Therefore the bound in float32 is 100 times 1e-4, where an
+    importance weight is wrong by 1 %. The bound in bfloat16 is 3 nats, which is a factor of 20
+    between two probabilities.
 
     Args:
       config: the run's settings; model.dtype is the dtype of the trainer.

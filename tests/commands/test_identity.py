@@ -177,7 +177,7 @@ def test_more_steps_and_problems(tmp_path, capsys):
         "train.steps was 1, now 2: the learning rate of step 2 is 0.01 instead of 0.01 (const"
         in said
     )
-    assert "step_000000.json lacks 2 of 4 problems: all problems are evaluated" in said
+    assert "step_000000.json lacks 2 of 4 problems, so all are evaluated now" in said
     assert main.main(runs.argv("opsd", long, **fixed, **more)) == 0
     assert lines(short / "metrics.jsonl") == lines(long / "metrics.jsonl")
     for name in ("rollouts/step_000002.jsonl", "eval/step_000000.json", "eval/step_000002.json"):

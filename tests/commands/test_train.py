@@ -262,7 +262,7 @@ def test_an_evaluation_that_lacks_problems_is_not_reused(whole, capsys):
     assert capsys.readouterr().out == ""
     more = [*rows, dataclasses.replace(rows[0], id="another")]
     assert evaluate.read_evaluation(path, more) is None
-    assert f"lacks 1 of {len(more)} problems: all problems are evaluated" in capsys.readouterr().out
+    assert f"lacks 1 of {len(more)} problems, so all are evaluated now" in capsys.readouterr().out
     assert evaluate.read_evaluation(path.with_name("step_000009.json"), rows) is None
 
 
