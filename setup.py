@@ -15,6 +15,9 @@ setuptools.setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    # With this line, an editable install adds the checkout to sys.path. Without it, a script beside
+    # a checkout of that name would import the checkout's folder instead of the package.
+    package_dir={"": "."},
     packages=setuptools.find_packages(include=["copsd_jax", "copsd_jax.*"]),
     package_data={
         "copsd_jax.problems": ["languages.json", "bundled/*.jsonl"],

@@ -5,6 +5,7 @@ not start JAX.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def __getattr__(name: str) -> Any:
     """Returns the API object with the given name; the first use imports the API."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Without this variable, transformers warns that torch is missing, although nothing needs torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return getattr(importlib.import_module("copsd_jax.api"), name)
 
 

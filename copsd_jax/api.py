@@ -456,3 +456,7 @@ def train_step(
         state = jax.tree.map(jnp.copy, model.state)
         state, aux = run.step(state, run.frozen, layout.place_batch(batch, plan.mesh), None, None)
     return Model(run, state), {name: float(x) for name, x in aux.metrics.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: copsd_jax.api is no command: use python -m copsd_jax.main")

@@ -320,7 +320,7 @@ def fits_policy(
 
 def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
     """Parses the program's flags; argv[0] is the program's name."""
-    parser = argparse.ArgumentParser(
+    parser = startup.CommandParser(
         prog="python -m copsd_jax.evaluate",
         description="Evaluates checkpoints of a work directory with its own settings.",
     )

@@ -26,7 +26,7 @@ from copsd_jax.training import loaded_run, run_plan, train_step
 
 def parse_export_flags(argv: list[str]) -> argparse.Namespace:
     """Parses the program's flags; argv[0] is the program's name."""
-    parser = argparse.ArgumentParser(
+    parser = startup.CommandParser(
         prog="python -m copsd_jax.export",
         description="Writes a run's checkpoint as a Hugging Face model that transformers loads.",
     )

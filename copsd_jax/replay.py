@@ -12,7 +12,6 @@ gradient norm differs), 2 (a file is missing or cannot be used), 3 (the weights 
 not finite).
 """
 
-import argparse
 import pathlib
 import sys
 from typing import Any
@@ -52,7 +51,7 @@ _CONTENT: dict[str, Any] = {
 
 def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = startup.CommandParser(
         prog="python -m copsd_jax.replay",
         description="Runs a bad step of a run again, from its files in W/bad.",
     )
@@ -63,8 +62,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv[1:])
     try:
         storage.check_local("--workdir", args.workdir)
+        config = _load_replay_config(args.workdir)
         content, state_path = _read_step(args.workdir, args.step)
-        plan = run_plan.make_plan(_load_replay_config(args.workdir), evaluate=False)
+        plan = run_plan.make_plan(config, evaluate=False)
         with loaded_run.set_mesh_and_precision(plan):
             _check_shards(content["inputs"]["batch"], plan)
             r, like = loaded_run.load_run(plan, plan.config.train.steps)
@@ -87,7 +87,8 @@ def _read_step(directory: pathlib.Path, step: int) -> tuple[dict, pathlib.Path]:
     path = bad_steps.step_file(directory, step)
     if not path.is_file():
         known = sorted(int(p.stem.removeprefix("step_")) for p in path.parent.glob("step_*.npz"))
-        raise FileNotFoundError(f"--step={step}: {path} does not exist; the steps are {known}")
+        steps = f"the bad steps are {known}" if known else "the run has no bad step"
+        raise FileNotFoundError(f"--step={step}: {path} does not exist; {steps}")
     content = bad_steps.read_arrays(path, _CONTENT)
     batch = content["inputs"]["batch"]
     if batch.teacher.tokens_BL is None:

@@ -113,6 +113,9 @@ def _summarize_data(plan: run_plan.Plan) -> list[str]:
                 f"  a step takes {config_lib.spell_count(taken, f'{lang} problem')}, but the data "
                 f"have {counts[lang]}: some are repeated"
             )
+    for name, number in (("data.limit", c.data.limit), ("eval.limit", c.eval.limit)):
+        if number and c[name.partition(".")[0]].path:
+            lines.append(f"  only the first {config_lib.spell_count(number, 'record')}: {name}")
     own = not c.data.path.startswith("bundled:")
     if own and c.eval.path == config_lib.default().eval.path:
         lines.append("  the evaluation uses bundled problems, because eval.path is the default")

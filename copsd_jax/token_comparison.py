@@ -129,3 +129,9 @@ def format_table(views: list[TokenView]) -> str:
     ]  # fmt: skip
     headers = ["token", "ln q - ln p", "student", "teacher", "student's best", "teacher's best"]
     return terminal.table(headers, rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        "error: copsd_jax.token_comparison is no command: use python -m copsd_jax.main"
+    )

@@ -65,7 +65,7 @@ def split_arguments(argv: Sequence[str]) -> Arguments:
         switch = name == "search" or isinstance(_default_of(name), bool)
         if not equals and not switch:
             word = next(words, None)
-            if word is None:
+            if word is None or _begins_with_flag(word):
                 raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
             value, equals = word, "="
         if equals and name == "search" and value.lower() not in ("true", "false", "1", "0"):
@@ -91,6 +91,14 @@ def _check_setting_or_flag(flag: str) -> str:
         raise ValueError(config_lib.unknown_setting(flag.removeprefix("config.")))
     known = ", ".join(f"--{name}" for name in FLAGS)
     raise ValueError(f"--{flag} is no flag: the flags are {known} and --config.name for settings")
+
+
+def _begins_with_flag(word: str) -> bool:
+    """Tells whether a word is another flag or setting, and therefore not the value of one."""
+    if word.startswith("--"):
+        with contextlib.suppress(ValueError):
+            return bool(_check_setting_or_flag(word[2:].partition("=")[0]))
+    return False
 
 
 def _default_of(name: str) -> Any:

@@ -127,7 +127,7 @@ def _refuse_unread_settings(s: Mapping, tables: config_lib.Tables) -> None:
                 holds = not tables or name in tables[when.setting].get(s[when.setting], ())
             if not holds:
                 rule = f"nothing reads it, because it needs {config_lib.spell(name, when, tables)}"
-                refuse(s, name, f"{rule}; otherwise set {name} to its default, {setting.default!r}")
+                refuse(s, name, f"{rule}; without that, {name} must be {setting.default!r}")
 
 
 # ------------------------------------------------------------------------ rules between settings

@@ -4,9 +4,24 @@ The imports of a command take seconds. A command therefore imports this module a
 `begin` before its slow imports. This module does not import JAX.
 """
 
+import argparse
 import os
+import sys
+from typing import NoReturn
 
 from copsd_jax.runtime import signals, streams
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of flags that accepts only whole names, and whose errors are one sentence."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message without the usage, and ends the program with exit code 2."""
+        print(f"error: {message} ({self.prog} --help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def begin() -> None:

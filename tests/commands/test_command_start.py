@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import venv
 
 import conftest
 import jax
 import pytest
 import runs
 
-from copsd_jax import evaluate, export, main
+from copsd_jax import evaluate, export, main, replay
 from copsd_jax.config import settings as config_lib
 from copsd_jax.problems import languages
 from copsd_jax.runtime import processes, sharding, workdir
@@ -134,7 +135,46 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     assert server.cache == str(tmp_path / "replies")
 
 
-@pytest.mark.parametrize("name", ["train", "summary", "self_test"])
+@pytest.mark.parametrize("name", ["train", "summary", "self_test", "token_comparison", "api"])
 def test_a_module_that_is_no_command_names_the_command(name):
     with pytest.raises(SystemExit, match=f"copsd_jax.{name} is no command: .* copsd_jax.main"):
         runpy.run_path(str(conftest.ROOT / "copsd_jax" / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("command", [evaluate, export, replay])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "the following arguments are required: --workdir"),
+        (["--workdir=w", "--out=o", "--step=1", "--stepz=1"], "unrecognized arguments: "),
+        (["--workd=w", "--out=o", "--step=1"], "the following arguments are required: --workdir"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_sentence(capsys, command, flags, said):
+    with pytest.raises(SystemExit) as ended:
+        command.main([command.__name__, *flags])
+    found = capsys.readouterr()
+    assert (ended.value.code, found.out) == (2, "")
+    assert found.err.startswith(f"error: {said}")
+    assert found.err.endswith(f" (python -m {command.__name__} --help lists the flags)\n")
+    assert found.err.count("\n") == 1
+
+
+def test_a_script_beside_the_checkout_imports_the_package(tmp_path):
+    """An import hook of an editable install would come after the folder beside the script."""
+    project = tmp_path / "copsd_jax"
+    (project / "copsd_jax").mkdir(parents=True)
+    (project / "copsd_jax" / "__init__.py").write_text("load_model = 1\n")
+    for name in ("setup.py", "README.md", "LICENSE"):
+        shutil.copy(conftest.ROOT / name, project / name)
+    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
+    build = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, f"--target={site}", "-e", str(project)], check=True)
+    (tmp_path / "script.py").write_text("import copsd_jax\nprint(copsd_jax.load_model)\n")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "script.py"], cwd=tmp_path, capture_output=True, text=True, env=env
+    )
+    assert done.stdout == "1\n", done.stderr

@@ -100,6 +100,8 @@ def test_overrides_that_are_refused(flags, message):
     [
         (["--flagfile=x"], "--flagfile is no flag: the flags are --config, --workdir"),
         (["--noworkdir"], "--noworkdir is no flag"),
+        (["--config.description", "--workdir=w"], "--config.description needs a value: write"),
+        (["--workdir", "--config.train.steps=3"], "--workdir needs a value: write --workdir=VALUE"),
         (["--noconfig.train.steps"], "is no flag"),
         (["--search=maybe"], "--search is 'maybe'"),
         (["--workdir"], "--workdir needs a value"),
