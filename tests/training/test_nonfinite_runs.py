@@ -107,7 +107,7 @@ def test_bad_steps_leave_the_weights_and_are_reproduced(whole, spoiled, tmp_path
     assert re.search(r"not finite in the gradient: .*q/b \([\d,]+ of [\d,]+ in la", done.stdout)
     assert "not finite in completions: completion 1 (tokens [0])" in done.stdout
     assert replay.main(["replay", f"--workdir={workdir}", "--step=5"]) == 2
-    assert "step_000005.npz does not exist; the steps are [3, 4]" in capsys.readouterr().err
+    assert "step_000005.npz does not exist; the bad steps are [3, 4]" in capsys.readouterr().err
 
 
 def test_a_finite_step_is_reproduced_bit_for_bit(spoiled, tmp_path, monkeypatch, capsys):
