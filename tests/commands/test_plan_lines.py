@@ -109,3 +109,11 @@ def test_evaluation_without_checkpoints(tmp_path, capsys):
     )
     assert said.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "w").rglob("*")) == before
+
+
+def test_limits_of_the_records_are_named():
+    lines = lines_of("opsd", data__limit=8, eval__limit=1)
+    assert "  only the first 8 records: data.limit" in lines
+    assert "  only the first 1 record: eval.limit" in lines
+    lines = lines_of("opsd", data__limit=0, eval__limit=4, eval__path="")
+    assert not [line for line in lines if "only the first" in line]
