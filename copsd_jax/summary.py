@@ -116,6 +116,11 @@ def _summarize_data(plan: run_plan.Plan) -> list[str]:
     for name, number in (("data.limit", c.data.limit), ("eval.limit", c.eval.limit)):
         if number and c[name.partition(".")[0]].path:
             lines.append(f"  only the first {config_lib.spell_count(number, 'record')}: {name}")
+    taught = {(row.lang, row.problem.strip()) for row in plan.rows}
+    if shared := sum((row.lang, row.problem.strip()) in taught for row in plan.eval_rows):
+        lines.append(
+            f"  {shared:,} of {len(plan.eval_rows):,} evaluation problems are training problems too"
+        )
     own = not c.data.path.startswith("bundled:")
     if own and c.eval.path == config_lib.default().eval.path:
         lines.append("  the evaluation uses bundled problems, because eval.path is the default")

@@ -1,7 +1,7 @@
 """Runs every card's tiny preset for a few steps, or compares two sets of such runs bit for bit.
 
     python tools/compare_runs.py run TREE OUT [--steps=5] [--cards=opsd,copsd]
-    python tools/compare_runs.py compare OUT_A OUT_B
+    python tools/compare_runs.py compare OUT_A OUT_B   (or two work directories)
 
 `run` starts `python -m copsd_jax.main` in the checkout TREE, once for each card, and writes the
 work directories below OUT.
@@ -108,13 +108,22 @@ def list_differences(left: pathlib.Path, right: pathlib.Path) -> tuple[int, list
     return len(names), [name for name in names if not same(name)]
 
 
+def _is_run(folder: pathlib.Path) -> bool:
+    return (folder / "metrics.jsonl").is_file()
+
+
 def compare(left: pathlib.Path, right: pathlib.Path) -> int:
-    """Prints one line per card; returns the number of cards that differ."""
+    """Prints one line per card; returns the number of cards that differ.
+
+    If both folders are work directories, they count as the runs of one card.
+    """
     names = sorted({path.name for folder in (left, right) for path in folder.iterdir()})
+    if _is_run(left) and _is_run(right):
+        names = ["."]
     differing = 0
     for name in names:
-        if not (left / name).is_dir() or not (right / name).is_dir():
-            print(f"{name}: in one of the folders only")
+        if not _is_run(left / name) or not _is_run(right / name):
+            print(f"{name}: no work directory of a run in one of the folders")
             differing += 1
             continue
         count, wrong = list_differences(left / name, right / name)

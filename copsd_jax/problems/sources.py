@@ -289,8 +289,9 @@ def load_rows(
     registry = languages.load_languages() if registry is None else registry
     codes = [languages.resolve_code(code, registry) for code in langs]
     if len(set(codes)) != len(codes) or not codes:
+        lang_setting = "eval.lang" if setting == "eval.path" else "data.lang"
         raise ValueError(
-            f"the languages are {', '.join(langs)}: name at least one language, and none twice"
+            f"{lang_setting} is {', '.join(langs)!r}: name at least one language, and none twice"
         )
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")

@@ -117,3 +117,14 @@ def test_limits_of_the_records_are_named():
     assert "  only the first 1 record: eval.limit" in lines
     lines = lines_of("opsd", data__limit=0, eval__limit=4, eval__path="")
     assert not [line for line in lines if "only the first" in line]
+
+
+def test_evaluation_on_training_problems(rows, tmp_path):
+    held = tmp_path / "held.jsonl"
+    first, second, *_ = rows.read_text().splitlines()
+    changed = json.loads(second) | {"problem": "What is 7 + 1?"}
+    held.write_text(f"{first}\n{json.dumps(changed)}")
+    shared = "  1 of 2 evaluation problems are training problems too"
+    assert shared in lines_of(data__path=rows, eval__path=held, eval__limit=0)
+    own = [line for line in lines_of() if "training problems" in line]
+    assert not own

@@ -78,8 +78,10 @@ def test_bug_26_sw_and_swa_are_one_language(tmp_path, code):
     (same,), _ = sources.load_rows(path, ("sw",))
     assert row.problem == "Mbili?"
     assert row == same
-    with pytest.raises(ValueError, match="none twice"):
+    with pytest.raises(ValueError, match=r"^data\.lang is 'sw, swa': .*none twice"):
         sources.load_rows(path, ("sw", "swa"))
+    with pytest.raises(ValueError, match=r"^eval\.lang is 'sw, swa': .*none twice"):
+        sources.load_rows(path, ("sw", "swa"), setting="eval.path")
 
 
 def test_bug_20_missing_translation_is_never_the_english_problem(tmp_path):
