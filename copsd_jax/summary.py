@@ -3,6 +3,7 @@
 import collections
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -230,6 +231,12 @@ def summarize_sample(step: int, records: list[dict]) -> str:
     shown = f"{record['problem']}\n-> {record['completion'].strip()}"
     lines += [f"    {line}" for line in shown.split("\n")]
     return streams.escape_stream_text("\n".join(lines))
+
+
+def summarize_scores(step: int, scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Renders the share of correct answers of each group of problems, in one line."""
+    parts = (f"{name} {found['avg_at_n']:.1%}" for name, found in scores.items())
+    return streams.escape_stream_text(f"correct at step {step}: {', '.join(parts)}")
 
 
 COUNTED = ("taught", "filtered", "overlong_teacher_prompts", "leaked", "replies_cut")

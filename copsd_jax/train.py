@@ -142,11 +142,14 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
             nonfinite.check_finite(state, f"checkpoint {int(state.step)} of {directory}")
             first, steps = int(state.step), config.train.steps
             processes.run_on_leader(lambda: workdir.remove_later(directory, first, steps))
-            if config.eval.every and first % config.eval.every == 0:
-                _get_evaluation(r, state, first, directory)  # if a kill interrupted this evaluation
             with metric_files.open_metric_writer(directory, first) as writer:
+                _write_scores(writer, 0, before)
+                if first and config.eval.every and first % config.eval.every == 0:
+                    # A kill may have interrupted this evaluation.
+                    _write_scores(writer, first, _get_evaluation(r, state, first, directory))
                 state, stopped = _run_training_loop(r, state, first, writer, saver, directory)
-            after = _get_evaluation(r, state, int(state.step), directory)
+                after = _get_evaluation(r, state, int(state.step), directory)
+                _write_scores(writer, int(state.step), after)
     seconds = time.monotonic() - started
     print(summary.summarize_ending(plan, before, after, directory, seconds, stopped), flush=True)
     return processes.run_on_leader(lambda: metric_files.count_failed_metric_steps(directory, steps))
@@ -173,7 +176,7 @@ def _create_workdir(
     )
 
 
-def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[State, str]:
+def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple[State, str]:
     """Runs the steps from `first` to the last, or until a guard or a signal stops the run.
 
     Returns:
@@ -205,7 +208,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 state, records, values = _run_training_step(
                     r, state, next(order), step, factor, timer, bad, expected
                 )
-                write(number, values)
+                writer.write(number, values)
                 guard, events = guards.apply_rules(plan.guards, guard, number, values)
                 said += [dataclasses.asdict(event) for event in events]
                 if events:
@@ -235,7 +238,7 @@ def _run_training_loop(r, state, first, write, checkpoints, directory) -> tuple[
                 r.stop.obey()
                 if c.eval.every and number % c.eval.every == 0:
                     progress.close()
-                    _get_evaluation(r, state, number, directory)
+                    _write_scores(writer, number, _get_evaluation(r, state, number, directory))
     except signals.Stopped:
         # If a step was left unfinished, `state` is still the state after the previous step.
         if int(state.step) > first:
@@ -340,6 +343,15 @@ def _run_training_step(
     # The inputs are not returned, so that the keys and values in the inputs are freed before the
     # next step. Guards may read the times in `values`, so all processes use the leader's times.
     return state, work.records, processes.run_on_leader(lambda: values)
+
+
+def _write_scores(
+    writer: metric_files.Writer | metric_files.NoWriter, step: int, result: dict | None
+) -> None:
+    """Writes the scores of an evaluation, if there is one, and prints them in one line."""
+    if result is not None:
+        writer.write_evaluation(step, result["scores"])
+        print(summary.summarize_scores(step, result["scores"]), flush=True)
 
 
 def _get_evaluation(

@@ -1,6 +1,7 @@
 """Small runs for tests: the cards' tiny presets with a few settings changed."""
 
 import contextlib
+import json
 import pathlib
 import zlib
 
@@ -51,6 +52,13 @@ def loaded(card: str, **settings):
 def batch_at(rows, langs, weights, batch: int, seed: int, step: int) -> list:
     """The rows of one step."""
     return next(batches.iterate_batches(rows, langs, weights, batch, seed, step))
+
+
+def steps_of(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl that are of training steps; evaluations have their own lines."""
+    file = workdir / "metrics.jsonl"
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
+    return [row for row in rows if not any(name.startswith("eval/") for name in row)]
 
 
 def sampled(completions) -> loop.Result:

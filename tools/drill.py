@@ -341,6 +341,12 @@ def stop_runs(drill: Drill, numbers: Sequence[signal.Signals], out: pathlib.Path
     return Outcome(runs, runs, problems)
 
 
+def count_steps(metrics: pathlib.Path) -> int:
+    """Returns the number of training steps in metrics.jsonl, which also has lines of scores."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return sum('"eval/' not in line for line in lines)
+
+
 def stop_run(
     drill: Drill, workdir: pathlib.Path, number: signal.Signals, phase: str
 ) -> tuple[str, list[str]]:
@@ -352,7 +358,7 @@ def stop_run(
     ended, metrics = time.time(), workdir / "metrics.jsonl"
     if not note.exists():
         return f"exit code {code}", [f"the phase {phase} was not reached"]
-    steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    steps = count_steps(metrics)
     step_end = metrics.stat().st_mtime if metrics.exists() else 0.0
     late = ended - max(step_end, float(note.read_text()))
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*")]
@@ -374,7 +380,7 @@ def endure(drill: Drill, steps: int, out: pathlib.Path) -> Outcome:
     process, seen = drill.start(workdir, more=more), {}
     metrics = workdir / "metrics.jsonl"
     while process.poll() is None:
-        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        done = count_steps(metrics)
         if 50 <= done < steps:
             with contextlib.suppress(OSError):  # the process may just have ended
                 seen[done] = measure_process(process.pid)

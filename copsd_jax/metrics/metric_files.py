@@ -5,22 +5,48 @@ import json
 import math
 import os
 import pathlib
+import re
 import reprlib
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from copsd_jax.runtime import processes, storage
 
+EVAL = "eval/"  # the names of an evaluation's scores begin with this
+
+# The groups in which TensorBoard shows the metrics of a step. A metric is in the first group whose
+# pattern it matches. A name that contains a slash is its own tag.
+GROUPS = {
+    "loss": re.compile(
+        "loss|divergence|policy_(loss|ratio|entropy)|ratio(_clipped)?|kl_initial|clipped_mass|"
+        "(grad|update)_norm|learning_rate|bad|failed|no_loss"
+    ),
+    "tokens": re.compile("((loss|policy|completion)_)?tokens|fill_.*|micro_batches"),
+    "teacher": re.compile(
+        "(divergence|advantage|reply|located|shortened)_.*|advantage|(logp|entropy)_teacher|"
+        "overlap|taught|filtered|overlong_teacher_prompts|leaked|replies_cut"
+    ),
+    "rollout": re.compile(".*"),
+}
+
+
+def find_tag(name: str) -> str:
+    """Returns the tag of a metric in TensorBoard, such as "loss/grad_norm"."""
+    if "/" in name:
+        return name
+    return next(f"{group}/{name}" for group, found in GROUPS.items() if found.fullmatch(name))
+
 
 class Writer:
     """Writes `workdir/metrics.jsonl` and `workdir/tensorboard`; only one process may have a writer.
 
-    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. Each line is written and
+    Each line of metrics.jsonl is `{"step": s, name: number, ...}`. A training step has one line,
+    and so has an evaluation: `{"step": s, "eval/sw/avg@4": 0.25, ...}`. Each line is written and
     flushed to the disk immediately, so that no line is lost if the run is killed. A run that
     continues at step `resume` first drops the lines of step `resume` and later steps, because the
     run writes these lines again. Non-finite numbers are written as "nan", "inf" and "-inf", because
@@ -52,7 +78,10 @@ class Writer:
                     f"{self.path} ended in an incomplete line of {len(torn)} bytes: it is dropped"
                 )
             storage.write_whole(self.path, [line + b"\n" for line in lines[: len(kept)]])
-        if absent := sorted(set(range(1, resume)) - {row["step"] for row in kept}):
+        self._last = kept[-1]["step"] if kept else -1
+        self._evaluated = {row["step"] for row in kept if _is_evaluation(row)}
+        trained = {row["step"] for row in kept if not _is_evaluation(row)}
+        if absent := sorted(set(range(1, resume)) - trained):
             self.repairs.append(f"{self.path} has no line for {_spell_metric_steps(absent)}")
         self._file = storage.Appender(self.path)
         self._folder = folder / "tensorboard"
@@ -69,6 +98,25 @@ class Writer:
         if self._board is None:
             self._board = _rebuild_board(self._folder, [])
         self._board.append(b"".join(_build_records([line])))
+        self._last = step
+
+    def write_evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes the scores of an evaluation by group, as `evaluate` returns them.
+
+        If the file has a line for this evaluation, nothing is written. The same is true if the file
+        has lines of later steps, as in runs of earlier versions.
+        """
+        if step in self._evaluated or step < self._last:
+            return
+        values = {}
+        for group, found in scores.items():
+            names = {
+                f"{kind}@{found['samples']}": f"{kind}_at_n" for kind in ("avg", "pass", "maj")
+            }
+            names |= {name: name for name in ("format_rate", "truncated", "mean_tokens")}
+            values |= {f"{EVAL}{group}/{name}": found[key] for name, key in names.items()}
+        self.write(step, values)
+        self._evaluated.add(step)
 
     def close(self) -> None:
         """Closes both files."""
@@ -102,21 +150,19 @@ def count_updates(workdir: str | os.PathLike, steps: int) -> int:
 
     A step without a line counts as a step that changed the weights.
     """
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    rows = _read(path)[0] if path.exists() else []
+    rows = _read_if_any(workdir)
     idle = [row for row in rows if row["step"] <= steps and (row.get("bad") or row.get("no_loss"))]
     return steps - len(idle)
 
 
 def count_failed_metric_steps(workdir: str | os.PathLike, steps: int) -> int:
     """Returns how many of the first `steps` steps were skipped because they failed."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    rows = _read(path)[0] if path.exists() else []
+    rows = _read_if_any(workdir)
     return sum(row["step"] <= steps and float(row.get("failed", 0)) > 0 for row in rows)
 
 
 def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
-    """Returns the lines of metrics.jsonl for the steps up to and including `steps`.
+    """Returns the training steps' lines in metrics.jsonl, up to and including step `steps`.
 
     If a killed run left an incomplete last line, that line is not returned.
 
@@ -126,15 +172,30 @@ def read_metric_lines(workdir: str | os.PathLike, steps: int) -> list[str]:
     """
     rows, lines = _read(pathlib.Path(workdir) / "metrics.jsonl")
     return [
-        line.decode() + "\n" for row, line in zip(rows, lines, strict=False) if row["step"] <= steps
+        line.decode() + "\n"
+        for row, line in zip(rows, lines, strict=False)
+        if row["step"] <= steps and not _is_evaluation(row)
     ]
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    return any(name.startswith(EVAL) for name in row)
+
+
+def _read_if_any(workdir: str | os.PathLike) -> list[dict]:
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return _read(path)[0] if path.exists() else []
 
 
 def _read(path: pathlib.Path) -> tuple[list[dict], list[bytes]]:
     """Returns the rows and the lines of metrics.jsonl, as `storage.read_lines` does."""
     rows, lines = storage.read_lines(path, {"step": int})
-    storage.check_stored_step_order(path, rows, strict=True)
+    storage.check_stored_step_order(path, rows, strict=False)
+    seen: set[tuple[int, bool]] = set()
     for number, row in enumerate(rows, 1):
+        if (kind := (row["step"], _is_evaluation(row))) in seen:
+            raise ValueError(f"{path} line {number} is the second line of step {row['step']}")
+        seen.add(kind)
         for name, value in row.items():
             small = type(value) is float or (type(value) is int and abs(value) < 2**63)
             if not small and value not in ("nan", "inf", "-inf"):
@@ -184,7 +245,7 @@ def _build_event(line: Mapping[str, Any]) -> bytes:
     if line:
         event.step = line["step"]
         event.summary.value.extend(
-            summaries.Summary.Value(tag=name, simple_value=float(number))
+            summaries.Summary.Value(tag=find_tag(name), simple_value=float(number))
             for name, number in line.items()
             if name != "step"
         )
@@ -227,15 +288,26 @@ def _compute_checksums(texts: Sequence[bytes]) -> list[bytes]:
     return [struct.pack("<I", value) for value in masked_B]
 
 
+class NoWriter:
+    """Stands for the `Writer` in processes that write nothing."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes nothing; see `Writer.write`."""
+
+    def write_evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes nothing; see `Writer.write_evaluation`."""
+
+
 @contextlib.contextmanager
-def open_metric_writer(
-    directory: pathlib.Path, first: int
-) -> Iterator[Callable[[int, Mapping], None]]:
-    """Yields a function that writes (step, metrics) to files; only the leading process writes."""
+def open_metric_writer(directory: pathlib.Path, first: int) -> Iterator[Writer | NoWriter]:
+    """Yields a writer of metrics for a run that continues after step `first`.
+
+    Only the leading process writes.
+    """
     if not processes.is_leader():
-        yield lambda step, values: None
+        yield NoWriter()
         return
     with Writer(directory, resume=first + 1) as writer:
         for repair in writer.repairs:
             print(repair, flush=True)
-        yield writer.write
+        yield writer

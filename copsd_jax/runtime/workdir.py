@@ -5,7 +5,7 @@ A run writes these files:
     W/config.json            every setting
     W/run.json               for each start: settings that changed, versions, commit, devices, seed,
                              fingerprints of model and data
-    W/metrics.jsonl          one line per step
+    W/metrics.jsonl          one line per training step, and one per evaluation
     W/tensorboard/           the same metrics for TensorBoard
     W/events.jsonl           one line for each time that a guard acted: step, action, text
     W/rollouts/step_NNNNNN.jsonl  one line per completion

@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_in_its_directory(whole):
     ):  # fmt: skip
         assert name in names
     assert any(name.startswith("tensorboard/") for name in names)
-    assert [row["step"] for row in numbers(whole)] == [1, 2, 3, 4]
+    assert [row["step"] for row in numbers(whole)] == [0, 1, 2, 3, 4, 4]
     assert "commit" in json.loads((whole / "run.json").read_text())["starts"][0]
 
 
@@ -68,7 +68,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "make_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         main.main(argv)
-    assert [row["step"] for row in numbers(workdir)] == [1, 2, 3]  # 3 is after the checkpoint
+    assert [row["step"] for row in numbers(workdir)] == [0, 1, 2, 3]  # 3 is after the checkpoint
     monkeypatch.setattr(distill, "make_batch", make_batch)
     assert main.main(argv) == 0
     assert numbers(workdir) == numbers(whole)
@@ -123,7 +123,7 @@ def test_rollout_files_hold_what_was_trained_on(whole):
 
 
 def test_sampler_and_trainer_agree(whole):
-    for row in numbers(whole):
+    for row in runs.steps_of(whole):
         assert row["logp_gap_max"] < 1e-4
         assert row["tokens"] == sum(
             len(record["completion_ids"])

@@ -220,13 +220,12 @@ def test_a_guard_ends_the_run_with_its_reason(tmp_path, capsys):
     events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["action"]) for event in events] == [(1, "warn"), (2, "stop")]
     assert last == f"stopped by a guard: {events[1]['text']}"
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert [line["step"] for line in runs.steps_of(workdir)] == [1, 2]
     assert (workdir / "eval/step_000002.json").is_file()
     # The same command again adds nothing and says why.
     assert main.main(argv) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1] == last
-    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(runs.steps_of(workdir)) == 2
 
 
 @pytest.mark.slow

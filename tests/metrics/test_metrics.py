@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from copsd_jax.metrics import metric_files, scoring, terminal
+from copsd_jax.training import guards
 
 FEW = hypothesis.settings(max_examples=40, derandomize=True, deadline=None, database=None)
 
@@ -227,7 +228,84 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     with metric_files.Writer(tmp_path) as writer:
         writer.write(7, {"loss": 0.25})
     (path,) = (tmp_path / "tensorboard").iterdir()
-    assert points(path) == [(7, "loss", 0.25)]
+    assert points(path) == [(7, "loss/loss", 0.25)]
+
+
+def test_every_metric_has_a_group_in_tensorboard():
+    groups = {
+        "loss": "loss grad_norm update_norm bad failed no_loss learning_rate divergence "
+        "clipped_mass ratio policy_loss policy_entropy policy_ratio ratio_clipped kl_initial",
+        "tokens": "tokens completion_tokens loss_tokens policy_tokens fill_student fill_teacher "
+        "micro_batches",
+        "rollout": "truncated graded correct reward format informative repetition logp_gap_mean "
+        "logp_gap_max logp_student entropy_student slot_occupancy",
+        "teacher": "overlap logp_teacher entropy_teacher advantage advantage_negative taught "
+        "filtered overlong_teacher_prompts leaked replies_cut",
+    }
+    families = {"divergence": "teacher", "advantage": "teacher", "reply": "teacher",
+                "located": "teacher", "shortened": "teacher", "grade": "rollout",
+                "rollout": "rollout"}  # fmt: skip
+    expected = {name: group for group, names in groups.items() for name in names.split()}
+    for name in guards.METRICS:
+        if "/" in name:
+            assert metric_files.find_tag(name) == name
+        else:
+            group = expected.get(name) or families[name.split("_")[0]]
+            assert metric_files.find_tag(name) == f"{group}/{name}"
+
+
+SCORES = {
+    "sw/seen": {"samples": 4, "avg_at_n": 0.25, "pass_at_n": 0.5, "maj_at_n": 0.125, "low": 0.0,
+                "format_rate": 1.0, "truncated": 0.0, "mean_tokens": 7.5},
+}  # fmt: skip
+
+
+def test_scores_of_an_evaluation_are_written_once_and_in_the_order_of_steps(tmp_path):
+    with metric_files.Writer(tmp_path) as writer:
+        writer.write_evaluation(0, SCORES)
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 0.5})
+            if step == 2:
+                writer.write_evaluation(2, SCORES)
+    with metric_files.Writer(tmp_path, resume=3) as writer:  # continues after step 2
+        assert writer.repairs == []
+        writer.write_evaluation(0, SCORES)
+        writer.write_evaluation(2, SCORES)
+        writer.write(3, {"loss": 0.5})
+        writer.write_evaluation(3, SCORES)
+    found = [
+        (line["step"], "loss" in line, "eval/sw/seen/avg@4" in line) for line in lines(tmp_path)
+    ]
+    assert found == [(0, False, True), (1, True, False), (2, True, False), (2, False, True),
+                     (3, True, False), (3, False, True)]  # fmt: skip
+    assert lines(tmp_path)[0] == {
+        "step": 0, "eval/sw/seen/avg@4": 0.25, "eval/sw/seen/pass@4": 0.5,
+        "eval/sw/seen/maj@4": 0.125, "eval/sw/seen/format_rate": 1.0,
+        "eval/sw/seen/truncated": 0.0, "eval/sw/seen/mean_tokens": 7.5,
+    }  # fmt: skip
+    trained = [json.loads(line)["step"] for line in metric_files.read_metric_lines(tmp_path, 3)]
+    assert trained == [1, 2, 3]
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert [p for p in points(path) if p[1].endswith("avg@4")] == [
+        (step, "eval/sw/seen/avg@4", 0.25) for step in (0, 2, 3)
+    ]
+
+
+def test_the_evaluation_of_the_step_before_a_kill_is_written_by_the_next_start(tmp_path):
+    with metric_files.Writer(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5})
+    with metric_files.Writer(tmp_path, resume=2) as writer:
+        writer.write_evaluation(0, SCORES)  # not before a line of a later step
+        writer.write_evaluation(1, SCORES)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 1]
+
+
+def test_a_second_line_of_a_step_is_refused(tmp_path):
+    for line in ({"step": 1, "loss": 0.5}, {"step": 1, "eval/sw/avg@1": 0.5}):
+        text = json.dumps(line) + "\n"
+        (tmp_path / "metrics.jsonl").write_text(text * 2)
+        with pytest.raises(ValueError, match=r"line 2 is the second line of step 1"):
+            metric_files.check_file(tmp_path)
 
 
 def test_tensorboard_of_a_continued_run_is_that_of_an_unbroken_one(tmp_path):

@@ -265,7 +265,7 @@ def test_whole_files_are_not_mentioned(directory):
     [
         (["[1]"], "line 1 is not a JSON object"),
         (['{"a": 1}'], "line 1 has no 'step'"),
-        (['{"step": 1}', '{"step": 1}'], "line 2 has step 1, although the line before it has step"),
+        (['{"step": 1}', '{"step": 1}'], "line 2 is the second line of step 1: remove this line"),
         (['{"step": 2}', '{"step": 1}'], "line 2 has step 1, although .* step 2: .* must ascend"),
         (['{"step": "1"}'], "line 1 has step = '1': it must be a whole number: remove this line"),
         (['{"step": 1, "loss": "high"}'], "line 1 has loss = 'high': it must be a number: remove"),

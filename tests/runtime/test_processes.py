@@ -14,6 +14,7 @@ from typing import Any
 
 import conftest
 import pytest
+import runs
 
 from copsd_jax.config import setting_rules, settings
 from copsd_jax.runtime import processes
@@ -80,7 +81,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
         else:
             close(json.loads((one / name).read_text()), json.loads((two / name).read_text()))
     close(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"))
-    assert len(lines(two / "metrics.jsonl")) == 2
+    assert len(runs.steps_of(two)) == 2
 
 
 def children(pid: int) -> list[int]:
@@ -103,10 +104,10 @@ def test_when_one_dies_all_end_and_the_same_command_continues(tmp_path):
     assert first.returncode == 137
     assert "process 1 of 2 was killed by signal 9: ending the other 1" in err
     assert not any(pathlib.Path(f"/proc/{rank}").exists() for rank in ranks)
-    before = len(lines(tmp_path / "w" / "metrics.jsonl"))
+    before = len(runs.steps_of(tmp_path / "w"))
     assert before < 12
     ended(launch(tmp_path / "w", 2, 1, "--config.train.steps=12"))
-    steps = [line["step"] for line in lines(tmp_path / "w" / "metrics.jsonl")]
+    steps = [line["step"] for line in runs.steps_of(tmp_path / "w")]
     assert steps == list(range(1, 13))
 
 
@@ -274,4 +275,4 @@ def test_guards_use_the_clock_of_the_leading_process(tmp_path):
         for one in started:
             one.kill()
     assert [one.returncode for one in started] == [0, 0], [err[-2000:] for _, err in both]
-    assert [line["step"] for line in lines(tmp_path / "w" / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in runs.steps_of(tmp_path / "w")] == [1, 2]

@@ -11,6 +11,7 @@ import time
 
 import conftest
 import pytest
+import runs
 
 PROGRAM = (sys.executable, "-m", "copsd_jax.main")
 LAUNCHER = (sys.executable, "launch/local.py", "--processes=2")
@@ -29,9 +30,7 @@ def start(
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    values = map(json.loads, lines)
+    values = runs.steps_of(workdir)
     return [{k: v for k, v in one.items() if not k.startswith("seconds/")} for one in values]
 
 

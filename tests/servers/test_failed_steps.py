@@ -131,13 +131,12 @@ def lines(path):
 
 
 def column(workdir, name):
-    return [line.get(name, 0) for line in lines(workdir / "metrics.jsonl")]
+    return [line.get(name, 0) for line in runs.steps_of(workdir)]
 
 
 def steps(workdir):
     """The number of steps that a run has done."""
-    file = workdir / "metrics.jsonl"
-    return len(lines(file)) if file.exists() else 0
+    return len(runs.steps_of(workdir))
 
 
 def beyond(ids):
@@ -289,7 +288,7 @@ def test_a_critic_that_refuses_every_request_stops_the_run_at_once(stub, tmp_pat
     assert said.startswith(f"error: step 1: none of the 8 replies of {url(stub)} (author.url) co")
     assert "the first is refused: HTTP 400" in said
     assert "Unsupported value" in said
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+    assert len(runs.steps_of(tmp_path)) == 1
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == []
     # Replies that cannot be read are no settings: the limit decides.
     stub.critic = lambda number: (200, "ok")
@@ -309,7 +308,7 @@ def test_a_refusal_at_first_counts_if_no_later_reply_is_usable(stub, tmp_path):
     assert "the first is no_case: the case is missing, or not one of the four; sent again" in said
     assert "refused max_tokens: HTTP 400" in said
     assert "\n" not in said
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+    assert len(runs.steps_of(tmp_path)) == 1
     assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == []
 
 

@@ -18,6 +18,7 @@ import urllib.request
 
 import conftest
 import pytest
+import runs
 
 PYTHON = os.environ.get("COPSD_SERVERS", "")
 pytestmark = [
@@ -153,7 +154,7 @@ def read(directory):
     """(ids of the completions of all steps, metrics of all steps)."""
     records = [lines(path) for path in sorted((directory / "rollouts").glob("step_*.jsonl"))]
     texts = [[record["completion_ids"] for record in step] for step in records]
-    return texts, lines(directory / "metrics.jsonl")
+    return texts, runs.steps_of(directory)
 
 
 def compare(found, expected):

@@ -168,7 +168,7 @@ def trained(engine, tmp_path_factory):
 @pytest.mark.slow
 def test_the_server_holds_the_policy_of_each_step(trained):
     workdir, asked, loaded, left = trained
-    measured = lines(workdir / "metrics.jsonl")
+    measured = runs.steps_of(workdir)
     assert [line["step"] for line in measured] == [1, 2, 3]
     for line in measured:
         assert 0 < line["logp_gap_max"] < 1e-3, line
@@ -221,11 +221,11 @@ def test_a_server_that_dies_ends_the_run_and_another_goes_on(trained, tmp_path, 
     assert "; attempts went on for 20 s (sampler.timeout); " in said
     assert said.endswith(f"; the same command continues {workdir}")
     assert "\n" not in said
-    assert len(lines(workdir / "metrics.jsonl")) == 2
+    assert len(runs.steps_of(workdir)) == 2
     with serving() as stub:  # elsewhere, and it knows the base alone
         assert main.main(runs.argv("opsd", workdir, **served(stub))) == 0
         assert len(stub.loaded) == 2
-    assert all(0 < line["logp_gap_max"] < 1e-3 for line in lines(workdir / "metrics.jsonl"))
+    assert all(0 < line["logp_gap_max"] < 1e-3 for line in runs.steps_of(workdir))
     assert drawn(workdir) == drawn(trained[0])
     assert "(continued)" in capsys.readouterr().out
 
@@ -253,7 +253,7 @@ def test_log_probabilities_that_a_server_does_not_give(engine, tmp_path, monkeyp
     keep = lambda *of: made.append(real(*of)) or made[-1]  # noqa: E731
     monkeypatch.setattr(table.METHODS["distill"], "make_batch", keep)
     assert main.main(runs.argv("opsd", workdir, **served(engine, **changes))) == 0
-    (measured,) = lines(workdir / "metrics.jsonl")
+    (measured,) = runs.steps_of(workdir)
     assert measured["logp_absent"] == 1.0
     assert not {"logp_gap_max", "logp_gap_mean"} & measured.keys()
     assert math.isfinite(measured["loss"])
@@ -272,7 +272,7 @@ def test_all_weights_are_handed_over(tmp_path):
         assert main.main(argv) == 0
         assert stub.loaded == ["policy_000001", "policy_000002"]
         assert set(stub.asked) == {"tiny"}
-    for line in lines(tmp_path / "w" / "metrics.jsonl"):
+    for line in runs.steps_of(tmp_path / "w"):
         assert 0 < line["logp_gap_max"] < 1e-3
 
 

@@ -39,10 +39,8 @@ def run(workdir, **settings) -> int:
 
 
 def lines(workdir) -> list[dict]:
-    text = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in text
-    ]
+    values = runs.steps_of(workdir)
+    return [{k: v for k, v in one.items() if not k.startswith("seconds/")} for one in values]
 
 
 def states(workdir, **settings) -> dict[int, train_step.State]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +210,7 @@ def test_no_hidden_state_travels(decoder, params):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return runs.steps_of(folder)
 
 
 @pytest.mark.slow

@@ -193,7 +193,7 @@ def test_what_a_guard_reads_of_a_step_without_loss(tmp_path, capsys):
     )  # fmt: skip
     argv.append("--config.guards.rules=entropy_teacher<1e-9:stop,overlap>2:stop,loss<1:warn")
     assert main.main(argv) == 0
-    line = json.loads((tmp_path / "w/metrics.jsonl").read_text())
+    (line,) = runs.steps_of(tmp_path / "w")
     assert line["loss_tokens"] == 0  # random weights: nobody succeeds
     assert "stopped by a guard" not in capsys.readouterr().out
     events = (tmp_path / "w/events.jsonl").read_text().splitlines()
