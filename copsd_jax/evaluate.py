@@ -1,6 +1,6 @@
 """Evaluation of a policy: completions of problems are sampled, graded and scored.
 
-    python -m copsd_jax.evaluate --workdir=W [--steps=0,12] [--path=FILE] [--lang=sw] [--out=D]
+    python -m copsd_jax.evaluate --workdir=W [--checkpoint=0,12] [--path=FILE] [--out=D]
 
 For each language and each group of problems, the scores are avg@n, pass@n, maj@n, format rate,
 length and truncated share. Prompts, grader and stop conditions are the same as in training. The
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -326,8 +327,16 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--workdir", required=True, type=storage.parse_path, help="a run's directory")
-    add("--steps", default="", help="checkpoints: 0,12 (0 is the initial policy); default: all")
+    add(
+        "--steps",
+        "--checkpoint",
+        default="",
+        dest="steps",
+        help="checkpoints: 0,12 (0 is the initial policy); default: all",
+    )
     add("--path", default="", help="problems to use instead of the run's eval.path")
+    add("--fields", help="names of the fields in the file, such as problem=question,answer=final")
+    add("--limit", type=int, help="read only the first n records; 0 for all")
     add("--lang", default="", help="languages, such as sw,fr, instead of the run's eval.lang")
     add("--samples", type=int, help="completions per problem (n)")
     add("--temperature", type=float, help="sampling temperature; 0 is greedy")
@@ -339,17 +348,33 @@ def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
 def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
     """Returns the run's config with the changes that the flags request."""
     config = workdir.load_run_config(args.workdir)
-    asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
-             "samples": args.samples, "max_tokens": args.max_tokens,
-             "temperature": args.temperature}  # fmt: skip
-    changes = {name: value for name, value in asked.items() if value is not None}
+    changes = _list_changes(args)
     if changes and args.out is None:
         raise ValueError(
             f"--out is missing: with {', '.join(changes)} changed, results need another directory, "
             "because W/eval contains the run's own results"
         )
     config.eval.update(changes)
+    if config.eval.limit and args.limit is None:
+        count = config_lib.spell_count(config.eval.limit, "record")
+        print(f"only the first {count}: eval.limit of the run (--limit=0 for all)", flush=True)
     return config
+
+
+def _list_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of the section eval that the flags change, by name."""
+    asked = {"path": args.path or None, "lang": tuple(args.lang.split(",")) if args.lang else None,
+             "samples": args.samples, "max_tokens": args.max_tokens, "fields": args.fields,
+             "limit": args.limit, "temperature": args.temperature}  # fmt: skip
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _name_flags(error: Exception, args: argparse.Namespace) -> str:
+    """Returns an error's message, in which changed settings have the names of their flags."""
+    message = streams.spell_error(error)
+    for name in _list_changes(args):
+        message = re.sub(rf"\beval\.{name}\b", f"--{name}", message)
+    return message
 
 
 def evaluate_step(
@@ -408,7 +433,7 @@ def main(argv: list[str]) -> int:
         plan, steps = _plan_evaluation(args), _choose_steps(args)
         processes.run_on_leader(lambda: _check_partials(args.out or args.workdir / "eval", steps))
     except (ValueError, OSError) as error:
-        return failures.report(error)
+        return failures.report(ValueError(_name_flags(error, args)))
     try:
         _evaluate_checkpoints(args, plan, steps)
     except (

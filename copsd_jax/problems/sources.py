@@ -34,6 +34,9 @@ _MARKED = re.compile(r"(?:\A|\n)####(?!#)[ \t]*(?=[^\n]*\d)(\S+(?:[ \t]+\S+)?)[ 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
+FIELDS_SETTINGS = {"eval.path": "eval.fields"}  # by the setting of the path; others: data.fields
+
+
 class UnusableValue(Exception):
     """A record cannot become a row; the message is the reason under which the record is counted."""
 
@@ -260,6 +263,7 @@ def load_rows(
     limit: int = 0,
     registry: Mapping[str, languages.Language] | None = None,
     setting: str = "data.path",
+    fields_setting: str = "",
 ) -> tuple[list[problem_row.Row], collections.Counter[str]]:
     """Loads a source's rows in each language of `langs`, one language after the other.
 
@@ -276,6 +280,8 @@ def load_rows(
       limit: the number of records to use from the start of the source; 0 for all.
       registry: the languages by code; None for the built-in languages.
       setting: the name of the setting that gives `path`, for error messages.
+      fields_setting: the name of the setting that gives `fields`, for error messages; "" for the
+        setting that belongs to `setting`.
 
     Returns:
       The rows, and the number of dropped rows for each reason. If there are several languages, a
@@ -295,7 +301,7 @@ def load_rows(
         )
     if path.endswith(".tsv") and len(codes) > 1:
         raise ValueError(f"{setting} is {path!r}: a TSV file has one language, not {langs}")
-    fields_setting = "eval.fields" if setting == "eval.path" else "data.fields"
+    fields_setting = fields_setting or FIELDS_SETTINGS.get(setting, "data.fields")
     records = record_files.read_records(path, lang=codes[0], setting=setting)
     records = rename_fields(path, records, fields, fields_setting)[: limit or None]
     ids = _list_ids(path, records)

@@ -55,11 +55,14 @@ def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
     """Returns the evaluation rows, and the number of dropped rows for each reason."""
     if not config.eval.path:
         return [], collections.Counter()
+    fields, fields_setting = config.eval.fields, "eval.fields"
+    if config.data.fields and not fields:
+        fields, fields_setting = config.data.fields, "data.fields (eval.fields is '')"
     rows, dropped = sources.load_rows(
         config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
-        fields=_select_problem_field_map(config.eval.path, config.eval.fields),
+        fields=_select_problem_field_map(config.eval.path, fields),
         needs=("answer", *_need_options(config)), limit=config.eval.limit, registry=registry,
-        setting="eval.path",
+        setting="eval.path", fields_setting=fields_setting,
     )  # fmt: skip
     reward_functions.check_gold_answers(
         config.reward.kind, {row.id: row.answer for row in rows}, "eval.path"

@@ -200,6 +200,24 @@ def test_the_evaluation_program(trained, tmp_path, capsys):
     assert saved["scores"]["en"]["problems"] == 3
     assert evaluate.main([*flags, "--steps=5"]) == 2
     assert "no checkpoint of [5]; the checkpoints are [1, 2]" in capsys.readouterr().err
+    limited = "only the first 4 records: eval.limit of the run (--limit=0 for all)"
+    assert limited in printed
+    # The flags' own names, and a file with other fields, of which one record is evaluated.
+    rows = [{"q": f"{i} + 1?", "a": str(i + 1)} for i in range(3)]
+    problems.write_text("\n".join(map(json.dumps, rows)))
+    said = "problem is missing (unusable among 3 rows: problem is missing: 3; no row is left; the "
+    said += "record has q, a, and --fields can map names)"
+    assert evaluate.main([*flags, "--fields="]) == 2
+    assert said in capsys.readouterr().err
+    flags[-1] = f"--out={tmp_path / 'one'}"
+    flags += ["--fields=problem=q,answer=a", "--limit=1", "--checkpoint=1"]
+    assert evaluate.main(flags) == 0
+    assert limited not in capsys.readouterr().out
+    (file,) = (tmp_path / "one").iterdir()
+    (found,) = json.loads(file.read_text())["problems"]
+    assert (file.name, found["problem"], found["gold"]) == ("step_000001.json", "0 + 1?", "1")
+    assert evaluate.main([*flags, "--limit=-1"]) == 2
+    assert "error: --limit is -1: it must be at least 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
