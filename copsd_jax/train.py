@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from copsd_jax import evaluate, self_test, summary
+from copsd_jax import evaluation, self_test, summary
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import failed_steps, table
 from copsd_jax.metrics import metric_files, terminal
@@ -365,12 +365,12 @@ def _get_evaluation(
     if not r.plan.eval_rows:
         return None
     path = workdir.step_file(directory, "eval", step)
-    known = processes.run_on_leader(lambda: evaluate.read_evaluation(path, r.plan.eval_rows))
-    if known is not None and evaluate.fits_policy(r, state, known, path):
+    known = processes.run_on_leader(lambda: evaluation.read_evaluation(path, r.plan.eval_rows))
+    if known is not None and evaluation.fits_policy(r, state, known, path):
         return known
     # A stop may interrupt an evaluation at any time, because the file keeps the completions.
     with r.stop.leave_if_late(math.inf):
-        return evaluate.evaluate_step(r, state, step, path, f"evaluation at step {step}:")
+        return evaluation.evaluate_step(r, state, step, path, f"evaluation at step {step}:")
 
 
 if __name__ == "__main__":

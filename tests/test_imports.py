@@ -11,10 +11,11 @@ PACKAGE = conftest.ROOT / "copsd_jax"
 # Files of the package itself may import every folder, and of one another these.
 COMMANDS = {
     "main": {"train"},
-    "train": {"evaluate", "self_test", "summary"},
+    "train": {"evaluation", "self_test", "summary"},
     "self_test": set(),
     "summary": set(),
-    "evaluate": set(),
+    "evaluate": {"evaluation"},
+    "evaluation": set(),
     "export": set(),
     "replay": set(),
     "token_comparison": set(),

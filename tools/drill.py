@@ -63,7 +63,7 @@ PHASES = {
     "metrics": ("metrics.metric_files", "Writer.write"),
     "records": ("runtime.workdir", "write_jsonl"),
     "save": ("runtime.checkpoint", "Checkpoints.save"),
-    "evaluation": ("evaluate", "evaluate"),
+    "evaluation": ("evaluation", "evaluate"),
     "ending": ("summary", "summarize_ending"),
 }
 ONCE = ("weights", "load", "resume", "ending")  # phases that a start runs once

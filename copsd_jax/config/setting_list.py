@@ -335,8 +335,7 @@ SETTINGS: dict[str, Setting] = {
         _LORA),
 
     "eval.path": declare("bundled:held_out", "like data.path, but for evaluation; '' for none"),
-    "eval.fields": declare("", "like data.fields, but for eval.path; '' for data.fields", None,
-        _EVAL_FIELDS),
+    "eval.fields": declare("", "fields of eval.path; '' for data.fields", None, _EVAL_FIELDS),
     "eval.lang": declare((), "like data.lang, but for evaluation; () for data.lang"),
     "eval.limit": declare(0, "read only the first n records of the source; 0 for all", whole(0)),
     "eval.every": declare(0, "steps between evaluations during training; 0: only before and after",

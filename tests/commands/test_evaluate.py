@@ -10,7 +10,7 @@ import placing
 import pytest
 import runs
 
-from copsd_jax import evaluate
+from copsd_jax import evaluation
 from copsd_jax.runtime import failures, fingerprints, sharding
 from copsd_jax.training import loaded_run
 
@@ -41,7 +41,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
     with runs.loaded("opsd", **settings) as (r, state):
         policy, rows = loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows
         count = len(rows) * 3
-        want = evaluate.evaluate(r, policy, rows)
+        want = evaluation.evaluate(r, policy, rows)
         asked, sample = [], loaded_run.sample
 
         def counted(r, policy, prompts, *args, **options):
@@ -52,20 +52,20 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
             patch.setattr(loaded_run, "sample", counted)
             for after in (3, 8):
                 with pytest.raises(Stopped):
-                    evaluate.evaluate(r, policy, rows, stopping(after), partial)
+                    evaluation.evaluate(r, policy, rows, stopping(after), partial)
                 head, *lines = partial.read_text().splitlines()
                 assert json.loads(head)["prompts"] == count
                 assert after <= len(lines) < count
             # A line that was being written, and one more that has no end at all.
             partial.write_text(partial.read_text() + '{"index": 0, "id": "x", "i')
             seen = []
-            got = evaluate.evaluate(r, policy, rows, seen.append, partial)
+            got = evaluation.evaluate(r, policy, rows, seen.append, partial)
             # A finished one costs nothing; of another policy nothing is taken.
-            assert evaluate.evaluate(r, policy, rows, None, partial) == want
+            assert evaluation.evaluate(r, policy, rows, None, partial) == want
             other = dataclasses.replace(
                 policy, adapter=jax.tree.map(lambda x: x + 0.3, policy.adapter)
             )
-            assert evaluate.evaluate(r, other, rows, None, partial) != want
+            assert evaluation.evaluate(r, other, rows, None, partial) != want
         assert got == want
         assert asked[0] == count
         assert asked[2:] == [count - len(lines), count]
@@ -87,7 +87,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(tmp_path):
         ):
             partial.write_text(spoilt)
             with pytest.raises(failures.UnusableFile, match=message):
-                evaluate.evaluate(r, other, rows, None, partial)
+                evaluation.evaluate(r, other, rows, None, partial)
 
 
 def test_fingerprints_of_weights():
@@ -118,4 +118,4 @@ def test_a_completion_that_was_dropped_is_drawn_again(tmp_path):
     lines = [{"index": i, "id": f"r{i}", "ids": [5], "finish": end} for i, end in enumerate(ends)]
     path = tmp_path / "step_000003.partial.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [what, *lines]))
-    assert list(evaluate._read_partial_evaluation(path, what, ["r0", "r1", "r2"])) == [0]
+    assert list(evaluation._read_partial_evaluation(path, what, ["r0", "r1", "r2"])) == [0]

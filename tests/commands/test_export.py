@@ -12,7 +12,7 @@ import peft_reader
 import pytest
 import runs
 
-from copsd_jax import evaluate, export, main
+from copsd_jax import evaluate, evaluation, export, main
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, workdir
@@ -133,7 +133,7 @@ def test_no_whole_checkpoint_is_an_error_that_is_said_once(
     (tmp_path / "p.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}')
     argv = ["evaluate", f"--workdir={workdir}", f"--path={tmp_path / 'p.jsonl'}", f"--out={out}"]
     step = lambda r, state, step, *_: evaluated.append(step) or {"scores": {}}  # noqa: E731
-    monkeypatch.setattr(evaluate, "evaluate_step", step)
+    monkeypatch.setattr(evaluation, "evaluate_step", step)
     places = f" in {workdir}/checkpoints is "
     for flags, steps, said in (
         ([], [0], f"no checkpoint{places}whole"),

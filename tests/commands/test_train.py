@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import evaluate, main, train
+from copsd_jax import evaluation, main, train
 from copsd_jax.methods import distill
 from copsd_jax.metrics import eval_tables, metric_files
 from copsd_jax.model import transformer
@@ -218,8 +218,12 @@ def test_overlong_teacher_prompts_carry_no_loss_and_are_counted():
 def test_evaluation_groups_and_comparison():
     """Scores by hand from the samples that the evaluation returns."""
     with runs.loaded("copsd", eval__limit=4, eval__samples=2, eval__temperature=1.0) as (r, state):
-        result = evaluate.evaluate(r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows)
-        again = evaluate.evaluate(r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows)
+        result = evaluation.evaluate(
+            r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows
+        )
+        again = evaluation.evaluate(
+            r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows
+        )
     assert result == again
     assert set(result["scores"]) >= {"sw", "fr"}
     for lang in ("sw", "fr"):
@@ -257,13 +261,13 @@ def test_an_evaluation_that_lacks_problems_is_not_reused(whole, capsys):
     path = whole / "eval/step_000000.json"
     with runs.loaded("copsd", **SETTINGS) as (r, _):
         rows = r.plan.eval_rows
-    assert evaluate.read_evaluation(path, rows) == json.loads(path.read_text())
-    assert evaluate.read_evaluation(path, rows[:1]) is not None
+    assert evaluation.read_evaluation(path, rows) == json.loads(path.read_text())
+    assert evaluation.read_evaluation(path, rows[:1]) is not None
     assert capsys.readouterr().out == ""
     more = [*rows, dataclasses.replace(rows[0], id="another")]
-    assert evaluate.read_evaluation(path, more) is None
+    assert evaluation.read_evaluation(path, more) is None
     assert f"lacks 1 of {len(more)} problems, so all are evaluated now" in capsys.readouterr().out
-    assert evaluate.read_evaluation(path.with_name("step_000009.json"), rows) is None
+    assert evaluation.read_evaluation(path.with_name("step_000009.json"), rows) is None
 
 
 def guarded(directory, lines, events):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import evaluate, main
+from copsd_jax import evaluate, evaluation, main
 from copsd_jax.methods import distill
 from copsd_jax.runtime import checkpoint
 
@@ -154,7 +154,7 @@ def test_the_run_ends_as_the_unbroken_one(
 
 def test_an_interrupted_evaluation_is_completed(whole, tmp_path, monkeypatch):
     """The kill comes in the evaluation at step 2, whose checkpoint is saved."""
-    argv, sample = runs.argv("copsd", tmp_path / "w", **SETTINGS), evaluate.evaluate
+    argv, sample = runs.argv("copsd", tmp_path / "w", **SETTINGS), evaluation.evaluate
     calls = []
 
     def stop(*args):
@@ -163,7 +163,7 @@ def test_an_interrupted_evaluation_is_completed(whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample(*args)
 
-    monkeypatch.setattr(evaluate, "evaluate", stop)
+    monkeypatch.setattr(evaluation, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         main.main(argv)
     assert not (tmp_path / "w/eval/step_000002.json").exists()

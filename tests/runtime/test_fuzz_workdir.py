@@ -16,7 +16,7 @@ import fuzz
 import pytest
 import runs
 
-from copsd_jax import evaluate, main, summary, train
+from copsd_jax import evaluation, main, summary, train
 from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import eval_tables, metric_files
 from copsd_jax.problems import problem_row
@@ -129,7 +129,7 @@ def check(run, folder):
 def go_on(run, folder, config):
     """Reads the files as a run does that was not refused."""
     workdir.create(folder, config_lib.flat(config), run.facts)
-    before = evaluate.read_evaluation(folder / "eval/step_000000.json", [])
+    before = evaluation.read_evaluation(folder / "eval/step_000000.json", [])
     eval_tables.format_eval_comparison(before, before)
     workdir.remove_later(folder, 2, 4)
     with metric_files.Writer(folder, resume=3) as writer:
@@ -140,7 +140,7 @@ def go_on(run, folder, config):
     metric_files.count_failed_metric_steps(folder, 3)
     steps = (
         lambda: train._restore_guards(type("Plan", (), {"guards": RULES}), folder, 2, written),
-        lambda: evaluate._read_partial_evaluation(
+        lambda: evaluation._read_partial_evaluation(
             folder / "eval/step_000003.partial.jsonl", run.describe(), ["7"]
         ),
     )

@@ -20,7 +20,7 @@ import pytest
 import runs
 from test_remote_engine import FAULTS, spoken
 
-from copsd_jax import evaluate, main
+from copsd_jax import evaluate, evaluation, main
 from copsd_jax.methods import table
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
@@ -199,7 +199,7 @@ def test_its_evaluations_are_ours(engine, trained, tmp_path):
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             last = checkpoints.load(3, initial)
         for step, state in ((0, initial), (3, last)):
-            ours = evaluate.evaluate(
+            ours = evaluation.evaluate(
                 r, loaded_run.derive_run_policies(r, state)[0], r.plan.eval_rows
             )
             theirs = json.loads((workdir / "eval" / f"step_{step:06d}.json").read_text())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from copsd_jax import evaluate, main
+from copsd_jax import evaluation, main
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import distill
 from copsd_jax.runtime import checkpoint
@@ -96,7 +96,9 @@ def test_bug_28_an_evaluation_is_of_the_adapter_it_is_asked_for():
         moved = state._replace(trained=jax.tree.map(lambda x: x + 0.3, state.trained))
         texts = []
         for s in (state, moved):
-            result = evaluate.evaluate(r, loaded_run.derive_run_policies(r, s)[0], r.plan.eval_rows)
+            result = evaluation.evaluate(
+                r, loaded_run.derive_run_policies(r, s)[0], r.plan.eval_rows
+            )
             texts.append([p["samples"][0]["text"] for p in result["problems"]])
     assert texts[0] != texts[1]
 

@@ -10,7 +10,7 @@ import runs
 from test_methods import completion, one_device, right, row_with, script, spoiled
 from test_records import moved
 
-from copsd_jax import evaluate, train
+from copsd_jax import evaluation, train
 from copsd_jax.methods import distill, table
 from copsd_jax.metrics import terminal
 from copsd_jax.runtime import bad_steps, failures, nonfinite, workdir
@@ -116,7 +116,7 @@ def test_a_lost_sample_of_an_evaluation_is_counted_and_not_correct(monkeypatch):
 
         monkeypatch.setattr(loaded_run, "sample", sample)
         policy = loaded_run.derive_run_policies(r, state)[0]
-        result = evaluate.evaluate(r, policy, rows)
+        result = evaluation.evaluate(r, policy, rows)
     samples = [problem["samples"][0] for problem in result["problems"]]
     assert [one["correct"] for one in samples] == [True, True, False, True]
     assert [one["status"] for one in samples] == ["computed", "computed", "nonfinite", "computed"]
@@ -172,7 +172,7 @@ def test_an_evaluation_that_lost_most_samples_has_no_result(monkeypatch, tmp_pat
 
         def evaluated(*texts):
             made[:] = [lost[text] if text in lost else completion(r, text) for text in texts]
-            return evaluate.evaluate_step(r, state, 3, tmp_path / "step_000003.json", "here:")
+            return evaluation.evaluate_step(r, state, 3, tmp_path / "step_000003.json", "here:")
 
         def sample(r, policy, asked, section, keys, progress, done):
             for i, one in enumerate(made):
@@ -181,7 +181,7 @@ def test_an_evaluation_that_lost_most_samples_has_no_result(monkeypatch, tmp_pat
 
         monkeypatch.setattr(loaded_run, "sample", sample)
         monkeypatch.setattr(workdir, "partial_file", lambda _: None)
-        monkeypatch.setattr(evaluate.storage, "remove", lambda _: None)
+        monkeypatch.setattr(evaluation.storage, "remove", lambda _: None)
         result = evaluated("fine", "a\nb", "odd", "fine")
         both = [x["samples"][0] for x in result["problems"]]
         assert [x["correct"] for x in both] == [True, False, False, True]
