@@ -330,13 +330,15 @@ def evaluate_step(
     rows, partial = r.plan.eval_rows, workdir.partial_file(file)
     total, stream = len(rows) * r.plan.config.eval.samples, processes.progress_stream()
     progress, seen = terminal.Progress(label, total, stream=stream), [0]
+    waiting = terminal.Activity(f"{label} compiling, and sampling the first completions", stream)
 
     def update(stats: loop.Stats) -> None:
+        waiting.stop()
         busy = {} if math.isnan(stats.occupancy) else {"occupancy": stats.occupancy}
         progress.update(stats.done, stats.tokens - seen[0], **busy)
         seen[0] = stats.tokens
 
-    with progress:
+    with progress, waiting:
         student = loaded_run.derive_run_policies(r, state)[0]
         policy = _fingerprint_evaluated_policy(student)
         result = {"step": step, "policy": policy, **evaluate(r, student, rows, update, partial)}

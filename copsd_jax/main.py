@@ -29,6 +29,7 @@ Exit codes:
     130, 143  Ctrl-C or SIGTERM stopped the run; the same command continues it
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -45,6 +46,7 @@ from ml_collections import config_flags
 from copsd_jax.config import cards, setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import targets
+from copsd_jax.metrics import terminal
 from copsd_jax.runtime import malloc, signals, storage, streams
 
 
@@ -87,11 +89,15 @@ def main(argv: list[str]) -> int:
                 config, dry_run.target, dry_run.report_path, dry_run.search
             )
         malloc.keep_freed_memory()
-        from copsd_jax import train
-        from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock
+        # Only a terminal shows this line, because a log of a refusal is one sentence.
+        shown = sys.stderr.isatty() and not config.mesh.process
+        activity = terminal.Activity("checking settings, files and devices")
+        with activity if shown else contextlib.nullcontext():
+            from copsd_jax import train
+            from copsd_jax.runtime import checkpoint, failures, nonfinite, processes, run_lock
 
-        processes.join_processes(config)
-        plan, continued = train.prepare(config, workdir)
+            processes.join_processes(config)
+            plan, continued = train.prepare(config, workdir)
     except (ValueError, OSError) as error:
         print(f"error: {streams.spell_error(error)}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import shutil
@@ -126,7 +127,9 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
         run_lock.hold(directory),
         contextlib.ExitStack() as stack,
     ):
-        r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
+        stream = processes.progress_stream()
+        with terminal.Activity("reading weights", stream):
+            r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
         if config.check.self_test and config.train.steps and not continued:
             print(_check_before_training(r, state, directory), flush=True)
         saver = stack.enter_context(_create_workdir(plan, directory, facts))
@@ -158,7 +161,10 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
 def _check_before_training(r: loaded_run.LoadedRun, state: State, directory: pathlib.Path) -> str:
     """Returns the self-test's line; if the test fails, removes the files written for a server."""
     try:
-        return self_test.check(r, state)
+        with terminal.Activity(
+            "compiling the sampler, and testing it", processes.progress_stream()
+        ):
+            return self_test.check(r, state)
     except failures.RefusedRun:
         folder = directory / "engine"
         processes.run_on_leader(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -317,12 +323,14 @@ def _run_training_step(
     # not advance this count.
     updates = int(optax.tree_utils.tree_get_all_with_path(state.optimizer, "count")[-1][1])
     # Once the compiled step has begun, the old state is gone, so the step has to be completed.
-    with timer("rollout"), r.stop.leave_if_late(*expected):
+    stream, first = processes.progress_stream(), math.isinf(expected[0])
+    show = functools.partial(terminal.Activity, stream=stream) if first else contextlib.nullcontext
+    with timer("rollout"), r.stop.leave_if_late(*expected), show("sampling the first step"):
         work = table.METHODS[r.plan.config.method].make_batch(r, state, rows, step)
     taught, failure = failed_steps.drop_failed_loss(r.plan.config, work.records, work.batch)
     with timer("packing"):
         packed = builders.pack_batch(r.plan, taught)
-    with timer("step"):
+    with timer("step"), show("compiling the training step"):
         batch = layout.place_batch(packed, r.plan.mesh)
         state, aux = r.step(state, r.frozen, batch, work.student_prefix, work.teacher_kv, factor)
         aux = jax.device_get(aux)  # waits for the step to end, so that the timer covers all of it

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
@@ -14,6 +15,7 @@ from rich import cells
 from copsd_jax.runtime import streams
 
 SECONDS = 5.0  # minimum time between progress lines on a stream that is not a terminal
+SILENCE = 4.0  # seconds after which an activity shows itself, and between its lines
 
 
 class Timer:
@@ -37,6 +39,56 @@ class Timer:
         out = {f"seconds/{part}": seconds for part, seconds in self._seconds.items()}
         self._seconds.clear()
         return out
+
+
+class Activity:
+    """Shows what a program is doing while it shows nothing else: "compiling the step, 12 s".
+
+    The line appears after four seconds, and is updated every four seconds. On a terminal, it is
+    updated in place, and removed in the end. On another stream, each update is a line, but after
+    one minute there is only one line per minute.
+
+    Args:
+      label: what the program is doing.
+      stream: the stream for the line; None for stderr.
+      silence: the seconds before the first line, and between two lines.
+    """
+
+    def __init__(self, label: str, stream: TextIO | None = None, silence: float = SILENCE):
+        self._label, self._silence = label, silence
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._width, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def _show(self) -> None:
+        begun = written = time.monotonic()
+        while not self._ended.wait(self._silence):
+            now = time.monotonic()
+            if not self._live and now - begun > 60 and now - written < 60:
+                continue
+            line = f"{self._label}, {now - begun:.0f} s"
+            text = "\r" + line.ljust(self._width) if self._live else line + "\n"
+            self._width, written = len(line), now
+            with contextlib.suppress(OSError, ValueError):  # the stream may have been closed
+                self._stream.write(text)
+                self._stream.flush()
+
+    def stop(self) -> None:
+        """Ends the activity; later calls do nothing."""
+        if self._thread.is_alive():
+            self._ended.set()
+            self._thread.join()
+            if self._live and self._width:
+                self._stream.write("\r" + " " * self._width + "\r")
+                self._stream.flush()
+
+    def __enter__(self) -> "Activity":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.stop()
 
 
 class Progress:

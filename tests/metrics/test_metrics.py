@@ -5,7 +5,9 @@ import io
 import itertools
 import json
 import math
+import re
 import struct
+import time
 
 import hypothesis
 import jax.numpy as jnp
@@ -328,6 +330,37 @@ def test_tensorboard_of_a_continued_run_is_that_of_an_unbroken_one(tmp_path):
     (other,) = (tmp_path / "whole/tensorboard").iterdir()
     assert points(path) == points(other)
     assert len(points(path)) == 81
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_an_activity_is_shown_while_nothing_else_is(stream):
+    """One line per interval in a log; on a terminal, one line in place, which is removed."""
+    shown = stream()
+    with terminal.Activity("compiling", shown, silence=0.05) as activity:
+        begun = time.monotonic()
+        while shown.getvalue().count("compiling") < 3:
+            assert time.monotonic() - begun < 20
+            time.sleep(0.01)
+        activity.stop()
+        text = shown.getvalue()
+        time.sleep(0.2)
+        assert shown.getvalue() == text
+    lines = text.replace("\r", "\n").splitlines()
+    if stream is Terminal:
+        assert "\n" not in text
+        assert set(lines[-1]) == {" "}
+        lines = lines[1:-1]
+        assert text.endswith(" \r")
+    assert all(re.fullmatch(r"compiling, \d+ s", line) for line in lines)
+    quick = stream()
+    with terminal.Activity("compiling", quick, silence=20.0):
+        pass
+    assert quick.getvalue() == ""
 
 
 class Clock:
