@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Model,
         Scores,
         build_prompts,
+        compare,
         divergence,
         load_model,
         sample,
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Completion", "Model", "Scores", "build_prompts", "divergence", "load_model", "sample",
-    "score", "train_step",
+    "Completion", "Model", "Scores", "build_prompts", "compare", "divergence", "load_model",
+    "sample", "score", "train_step",
 ]  # fmt: skip
 
 

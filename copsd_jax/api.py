@@ -63,6 +63,12 @@ class Model:
     run: loaded_run.LoadedRun
     state: step_lib.State
 
+    def __repr__(self) -> str:
+        """Returns one line, because the arrays would fill a notebook."""
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.state.trained))
+        path, step = self.run.plan.config.model.path, int(self.state.step)
+        return f"Model({path!r}, step {step}, {trained:,} trained parameters)"
+
     @property
     def tokenizer(self) -> text_encoding.Tokenizer:
         """The model's tokenizer."""
@@ -374,6 +380,55 @@ def _check_api_scores(scores: Scores, name: str) -> Scores:
     return Scores(ids_C, logp_CV)
 
 
+def compare(
+    model: Model, student: Scores, teacher: Scores, *, best: int = 3
+) -> token_comparison.Comparison:
+    """Compares the student's and the teacher's predictions of a completion, token by token.
+
+    `print` shows the comparison as a table. A notebook shows the text with coloured tokens.
+
+    >>> import copsd_jax
+    >>> model = copsd_jax.load_model("tiny")
+    >>> sides = [copsd_jax.score(model, p, model.tokenizer.encode(" 7")) for p in ("3 + 4 =", "3")]
+    >>> table = str(copsd_jax.compare(model, *sides))
+    >>> table.split()[:5]
+    ['token', 'ln', 'q', '-', 'ln']
+
+    Args:
+      model: the model, whose tokenizer decodes the tokens.
+      student: the student's scores.
+      teacher: the teacher's scores of the same tokens.
+      best: number of most probable tokens to show for each side.
+
+    Returns:
+      The comparison; its attribute `views` has the numbers of each token.
+
+    Raises:
+      ValueError: `student` and `teacher` are scores of different tokens, have different shapes, or
+        have another vocabulary than the model; or `best` is not a positive whole number.
+    """
+    student, teacher = _check_api_pair(student, teacher)
+    size, known = student.logp_CV.shape[1], _check_model(model).run.decoder.config.vocab_size
+    if size != known:
+        raise ValueError(f"the scores are for {size} tokens, but the vocabulary has {known}")
+    if not isinstance(best, numbers.Integral) or best < 1:
+        raise ValueError(f"best is {best!r}: it must be a whole number of at least 1")
+    return token_comparison.compare_scores(
+        model.tokenizer, student.ids_C.tolist(), student.logp_CV, teacher.logp_CV, int(best)
+    )
+
+
+def _check_api_pair(student: Scores, teacher: Scores) -> tuple[Scores, Scores]:
+    """Checks the scores of both sides; refuses scores of different tokens or shapes."""
+    student, teacher = _check_api_scores(student, "student"), _check_api_scores(teacher, "teacher")
+    if not np.array_equal(student.ids_C, teacher.ids_C):
+        raise ValueError("student and teacher scored different tokens: score the same completion")
+    if student.logp_CV.shape != teacher.logp_CV.shape:
+        shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
+        raise ValueError(f"the scores have the shapes {shapes}: the shapes must be equal")
+    return student, teacher
+
+
 def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: Any) -> jax.Array:
     """Computes the divergence between the student's and the teacher's predictions of a completion.
 
@@ -400,12 +455,7 @@ def divergence(student: Scores, teacher: Scores, kind: str = "fkl", **settings: 
       ValueError: `student` and `teacher` are scores of different tokens or have different shapes,
         or a setting is wrong.
     """
-    student, teacher = _check_api_scores(student, "student"), _check_api_scores(teacher, "teacher")
-    if not np.array_equal(student.ids_C, teacher.ids_C):
-        raise ValueError("student and teacher scored different tokens: score the same completion")
-    if student.logp_CV.shape != teacher.logp_CV.shape:
-        shapes = f"{student.logp_CV.shape} and {teacher.logp_CV.shape}"
-        raise ValueError(f"the scores have the shapes {shapes}: the shapes must be equal")
+    student, teacher = _check_api_pair(student, teacher)
     settings = _check_api_arguments("divergence", settings, divergences.Divergence)
     # Log-probabilities can be used as logits, because a softmax ignores a constant offset.
     stats, _ = token_values.score_divergence_block(

@@ -34,12 +34,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from copsd_jax.config import settings as config_lib
-from copsd_jax.model import shared_prefix
 from copsd_jax.runtime import failures, sharding
 from copsd_jax.sampler import loop, request
 from copsd_jax.servers import remote_engine
 from copsd_jax.teaching import contexts, conversations, prompts
-from copsd_jax.training import builders, layout, loaded_run, row_packing, train_step
+from copsd_jax.training import builders, layout, loaded_run, rollouts, row_packing, train_step
 
 TOKENS = 8  # maximum number of tokens of a completion
 STEP = 2**31 - 1  # selects random streams that no step of the run uses
@@ -154,8 +153,11 @@ def _check_new_adapter(r: loaded_run.LoadedRun, state: train_step.State) -> None
     c = r.plan.config
     if c.train.trainable == "full" or (r.plan.start is not None and r.plan.start.is_adapter):
         return
-    for target, leaf in state.trained.items():
-        if bool(jnp.any(leaf["b"])):
+    trained = {target: leaf["b"] for target, leaf in state.trained.items()}
+    # One program for all arrays compiles faster than one for each shape.
+    changed = jax.jit(lambda arrays: jax.tree.map(jnp.any, arrays))(trained)
+    for target, found in jax.device_get(changed).items():
+        if found:
             raise _refuse(f"the new adapter of {target} is not zero")
 
 
@@ -246,14 +248,9 @@ def _build_scores(
     program = jax.jit(train_step.make_scores(r.decoder, options), out_shardings=whole)
     placed = layout.place_batch(batch, r.plan.mesh)
 
-    first = probe.asked[0].prefix_ids
-    student, kvs = np.asarray(first, np.int32) if first else None, None
-    if told is not None and told[0].prefix_ids:
-        kvs = tuple(
-            shared_prefix.encode_prefix_ids(r.decoder, policy, told[0].prefix_ids)
-            for _, policy in loaded_run.list_run_teacher_mixture(r, initial)
-        )
-    return lambda state: jax.device_get(program(state, r.frozen, placed, student, kvs))
+    first = None if told is None else told[0]
+    prefixes = rollouts.encode_training_prefixes(r, initial, probe.asked[0], first)
+    return lambda state: jax.device_get(program(state, r.frozen, placed, *prefixes))
 
 
 def _build_self_test_batch(

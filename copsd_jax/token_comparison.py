@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from copsd_jax.metrics import terminal
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.model import transformer
+from copsd_jax.runtime import streams
+from copsd_jax.teaching import text_encoding
 from copsd_jax.training import layout, loaded_run, train_step
 
 # Policies whose logits are mixed, each with its share of the mixture.
@@ -40,9 +43,55 @@ class TokenView:
     teacher: list[tuple[str, float]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The tokens of a completion, as predicted by student and teacher.
+
+    `print` shows a table with one line per token. A notebook shows the completion's text with
+    colours: green for tokens to which the teacher gives a higher probability than the student, red
+    for tokens to which it gives a lower one. A pointer on a token shows the numbers.
+
+    Attributes:
+      views: the tokens in order.
+    """
+
+    views: tuple[TokenView, ...]
+
+    def __str__(self) -> str:
+        """Returns the table."""
+        return format_table(self.views)
+
+    def _repr_html_(self) -> str:
+        """Returns the coloured text as HTML."""
+        legend = "green: the teacher gives the token a higher probability; red: a lower one"
+        spans = "".join(map(_colour_token, self.views))
+        return (
+            f'<div style="font-family: monospace; white-space: pre-wrap">{spans}</div>'
+            f"<small>{legend}</small>"
+        )
+
+
+def _colour_token(view: TokenView) -> str:
+    """Returns a token as HTML; an advantage of 2 nats or more has the strongest colour."""
+    colour = "44, 160, 44" if view.advantage > 0 else "214, 39, 40"
+    strength = 0.7 * min(abs(view.advantage) / 2, 1.0)
+    spell = lambda best: ", ".join(f"{text!r} {p:.0%}" for text, p in best)  # noqa: E731
+    note = (
+        f"ln q - ln p = {view.advantage:+.2f}; student {np.exp(view.logp_student):.1%}, teacher "
+        f"{np.exp(view.logp_teacher):.1%}; student's best: {spell(view.student)}; teacher's best: "
+        f"{spell(view.teacher)}"
+    )
+    # A line break is also shown as a sign, because it may be the token that is coloured.
+    text = streams.escape_stream_text(view.text).replace("\n", "\u21b5\n")
+    return (
+        f'<span title="{html.escape(streams.escape_stream_text(note))}" '
+        f'style="background: rgba({colour}, {strength:.2f})">{html.escape(text)}</span>'
+    )
+
+
 def compare_tokens(
     r: loaded_run.LoadedRun, state: train_step.State, record: dict, best: int = 3
-) -> list[TokenView]:
+) -> Comparison:
     """Compares student and teacher on a record of W/rollouts, under the weights of `state`.
 
     Student and teacher run separately, each on its own prompt followed by the completion.
@@ -54,18 +103,36 @@ def compare_tokens(
       best: number of most probable tokens that a view lists for each side.
 
     Returns:
-      One view per completion token.
+      The comparison, with one view per completion token.
     """
     completion = record["completion_ids"]
     student = ((1.0, loaded_run.derive_run_policies(r, state)[0]),)
     teacher = loaded_run.list_run_teacher_mixture(r, state)
     sides_CV = [
-        np.asarray(
-            score_side_for_comparison(r.decoder, mix, record[f"{side}_prompt_ids"], completion)
-        )
+        score_side_for_comparison(r.decoder, mix, record[f"{side}_prompt_ids"], completion)
         for side, mix in (("student", student), ("teacher", teacher))
     ]
-    spell = lambda i: str(r.plan.tokenizer.decode([int(i)]))  # noqa: E731
+    return compare_scores(r.plan.tokenizer, completion, *sides_CV, best=best)
+
+
+def compare_scores(
+    tokenizer: text_encoding.Tokenizer, completion: Sequence[int], student_CV: jax.Array,
+    teacher_CV: jax.Array, best: int = 3,
+) -> Comparison:  # fmt: skip
+    """Compares the log-probabilities that student and teacher give to a completion.
+
+    Args:
+      tokenizer: the tokenizer, which decodes single tokens.
+      completion: C token ids.
+      student_CV: the student's log-probabilities, float32 [C, V].
+      teacher_CV: the teacher's log-probabilities, float32 [C, V].
+      best: number of most probable tokens that a view lists for each side.
+
+    Returns:
+      The comparison, with one view per completion token.
+    """
+    sides_CV = [np.asarray(student_CV), np.asarray(teacher_CV)]
+    spell = lambda i: str(tokenizer.decode([int(i)]))  # noqa: E731
     out = []
     for t, token in enumerate(completion):
         favourites = [
@@ -74,7 +141,7 @@ def compare_tokens(
         ]
         p, q = (float(logp_CV[t, token]) for logp_CV in sides_CV)
         out.append(TokenView(spell(token), q - p, p, q, *favourites))
-    return out
+    return Comparison(tuple(out))
 
 
 def score_side_for_comparison(
@@ -116,7 +183,7 @@ def _compute_comparison_logps(
     return jax.nn.log_softmax(total)
 
 
-def format_table(views: list[TokenView]) -> str:
+def format_table(views: Sequence[TokenView]) -> str:
     """Renders a table with one line per token: text, advantage, and each side's best tokens.
 
     The columns `student` and `teacher` show the probability that each side gives to the token.

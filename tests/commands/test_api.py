@@ -1,6 +1,7 @@
 """The Python API against the model's own logits, NumPy in float64, and a step made by hand."""
 
 import doctest
+import html.parser
 import inspect
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import runs
 from runs import optax_promotes  # noqa: F401
 
 import copsd_jax
-from copsd_jax import api
+from copsd_jax import api, token_comparison
 from copsd_jax.model import lora, transformer
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.training import layout, train_step
@@ -67,7 +68,10 @@ def test_the_lines_of_the_document_run(capsys):
     code = text.split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) <= 13
     exec(compile(code, "docs/python.md", "exec"), {})
-    *tokens, loss = capsys.readouterr().out.splitlines()
+    *lines, loss = capsys.readouterr().out.splitlines()
+    tokens, table = lines[:8], lines[8:]
+    assert len(table) == 2 + 8
+    assert table[0].startswith("token")
     assert len(tokens) == 8
     values = [float(line.split()[-1]) for line in tokens]
     np.testing.assert_allclose(float(loss.split()[-1]), np.mean(values), atol=1e-5)
@@ -337,3 +341,76 @@ print({"jax", "transformers"} & set(sys.modules))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert copsd_jax.load_model is api.load_model
+
+
+class Spans(html.parser.HTMLParser):
+    """The text, the style and the note of each span of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.other = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "span":
+            self.found.append([*map(dict(attrs).get, ("style", "title")), ""])
+        else:
+            self.other.append(tag)
+
+    def handle_data(self, data):
+        if self.found and len(self.other) == 1:
+            self.found[-1][2] += data
+
+
+def test_the_comparison_has_the_numbers_of_both_sides(model, work):
+    students, teachers, completions = work
+    ids = completions[0]
+    p, q = (copsd_jax.score(model, side[0], ids) for side in (students, teachers))
+    found = copsd_jax.compare(model, p, q, best=2)
+    rows = str(found).splitlines()[2:]
+    spans = Spans(found._repr_html_()).found
+    assert len(found.views) == len(rows) == len(spans) == len(ids)
+    for t, (view, (style, note, text)) in enumerate(zip(found.views, spans, strict=True)):
+        ours, theirs = (np.asarray(side.logp_CV, np.float64)[t] for side in (p, q))
+        apart = theirs[ids[t]] - ours[ids[t]]
+        assert view.advantage == pytest.approx(apart, abs=1e-6)
+        assert f"ln q - ln p = {apart:+.2f}; student {np.exp(ours[ids[t]]):.1%}" in note
+        best = [model.tokenizer.decode([i]) for i in np.argsort(-theirs)[:2]]
+        assert [name for name, _ in view.teacher] == best
+        assert style == (
+            f"background: rgba({'44, 160, 44' if apart > 0 else '214, 39, 40'}, "
+            f"{0.7 * min(abs(apart) / 2, 1):.2f})"
+        )
+        assert text.replace("\u21b5", "")[:1] == view.text[:1] or not view.text.isprintable()
+
+
+def test_a_token_cannot_write_into_the_page():
+    views = [
+        token_comparison.TokenView(text, -0.5, -1.0, -1.5, [(text, 0.5)], [(text, 0.5)])
+        for text in ("<script>alert(1)</script>", '"><b>', "\x1b[31m", "a\nb", "\u202e")
+    ]
+    spans = Spans(token_comparison.Comparison(tuple(views))._repr_html_())
+    assert spans.other == ["div", "small"]
+    shown = [text for _, _, text in spans.found]
+    assert shown[:2] == ["<script>alert(1)</script>", '"><b>']
+    assert shown[2:4] == [r"\x1b[31m", "a\u21b5\nb"]
+    assert "\u202e" not in shown[4]
+    assert not any("\x1b" in note or "\u202e" in note for _, note, _ in spans.found)
+
+
+def test_a_comparison_refuses_other_scores(model, work):
+    students, _, completions = work
+    p, q = (copsd_jax.score(model, students[0], ids) for ids in completions[:2])
+    with pytest.raises(ValueError, match="scored different tokens"):
+        copsd_jax.compare(model, p, q)
+    short = copsd_jax.Scores(p.ids_C, p.logp_CV[:, : max(p.ids_C) + 1])
+    with pytest.raises(ValueError, match=r"the scores are for \d+ tokens, but the vocabulary has"):
+        copsd_jax.compare(model, short, short)
+    with pytest.raises(ValueError, match="best is 0"):
+        copsd_jax.compare(model, p, p, best=0)
+
+
+def test_a_model_is_shown_in_one_line(model):
+    shown = repr(model)
+    trained = sum(np.size(leaf) for leaf in jax.tree.leaves(model.state.trained))
+    assert shown == f"Model('tiny', step 0, {trained:,} trained parameters)"
