@@ -42,9 +42,9 @@ TINY: dict[str, Any] = {
 
 # Sections and settings that only a run reads.
 _UNREAD = frozenset(
-    "author data eval guards mesh policy tokens description rollout.per_prompt prompt.max_tokens "
-    "teacher.max_tokens train.batch train.save_every train.save_minutes train.keep train.grace "
-    "train.log_rollouts".split()
+    "author compile data eval guards mesh policy tokens description rollout.per_prompt "
+    "prompt.max_tokens teacher.max_tokens train.batch train.save_every train.save_minutes "
+    "train.keep train.grace train.log_rollouts".split()
 )
 
 # Maps Python's types of numbers to types that include NumPy's numbers.

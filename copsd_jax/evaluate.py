@@ -22,6 +22,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.metrics import eval_tables
 from copsd_jax.runtime import (
     checkpoint,
+    compile_cache,
     evaluation_files,
     failures,
     nonfinite,
@@ -163,6 +164,7 @@ def _evaluate_checkpoints(args: argparse.Namespace, plan: run_plan.Plan, steps: 
         # With --out, the engine's folder and the results are in the --out directory, because the
         # run's directory may be read-only.
         engine, results = (args.out or args.workdir) / "engine", {}
+        compile_cache.open_compile_cache(plan.config.compile.cache)
         r, initial = loaded_run.load_run(plan, plan.config.train.steps, engine)
         with r.grader:
             for step in steps:

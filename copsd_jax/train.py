@@ -21,6 +21,7 @@ from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import (
     bad_steps,
     checkpoint,
+    compile_cache,
     continuation,
     failures,
     nonfinite,
@@ -127,6 +128,7 @@ def train(plan: run_plan.Plan, directory: pathlib.Path, continued: bool) -> int:
         run_lock.hold(directory),
         contextlib.ExitStack() as stack,
     ):
+        compile_cache.open_compile_cache(config.compile.cache)
         stream = processes.progress_stream()
         with terminal.Activity("reading weights", stream):
             r, state = loaded_run.load_run(plan, config.train.steps, directory / "engine")
@@ -236,6 +238,8 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
                 seconds = time.monotonic() - begun
                 shown = {name: values[name] for name in ("loss", "correct") if name in values}
                 progress.update(number, int(values["completion_tokens"] * len(records)), **shown)
+                if step == first and (counted := compile_cache.describe_compile_cache()):
+                    lines.append(counted)
                 if step == first or last or number % max(1, c.train.steps // 3) == 0:
                     lines.append(summary.summarize_sample(number, records))
                 _show(progress, lines)

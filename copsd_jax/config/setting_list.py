@@ -1,6 +1,6 @@
 """The table of all settings, by name, in the order of `--help`."""
 
-from copsd_jax.config import methods
+from copsd_jax.config import execution_settings, methods
 from copsd_jax.config.declaration import (
     BELOW_ONE,
     DATE,
@@ -62,10 +62,8 @@ _ERROR = goes_with("tokens.select", "from_error", "error_step")
 _FUNCTION = Condition("reward.kind=module:function", lambda s: ":" in s["reward.kind"])
 _TOP_K = Condition("loss.top_k above 0", lambda s: s["loss.top_k"] > 0)
 _CLIP = Condition("loss.clip_mode other than none", lambda s: s["loss.clip_mode"] != "none")
-_LOCAL = goes_with("sampler.engine", "local")
-_SERVER = goes_with("sampler.engine", "server")
 _PACKED = goes_with("train.pack", "rows", "shared")
-_LORA = goes_with("train.trainable", "lora")
+_LORA, _SERVER = execution_settings.LORA, execution_settings.SERVER
 
 SETTINGS: dict[str, Setting] = {
     "method": declare("distill", "how the student is trained", one_of(*methods.METHODS)),
@@ -268,32 +266,7 @@ SETTINGS: dict[str, Setting] = {
     "check.self_test": declare(True, "before the first step, score completions by sampler and "
         "trainer, and stop if their log-probabilities differ"),
 
-    "sampler.engine": declare("local", "where completions are drawn: in this process, or by a "
-        "server that accepts token ids", one_of("local", "server")),
-    "sampler.steps": declare(16, "tokens per slot in each call of decode", whole(1, 100_000),
-        _LOCAL),
-    "sampler.pack": declare(512, "tokens per row of a prefill; a longer prompt gets its own row",
-        whole(1, 16_777_216), _LOCAL),
-    "sampler.cache": declare("auto", "dtype of keys and values; auto: dtype of the model",
-        one_of("auto", "float32", "bfloat16", "int8"), _LOCAL),
-    "sampler.attention": declare("auto", "attention to the cache; auto: blocks on CPU, otherwise "
-        "pallas", one_of("auto", "blocks", "dense", "pallas"), _LOCAL),
-    "sampler.merge": declare(False, "add the adapter to a copy of the base, once per phase",
-        None, _LORA, _LOCAL),
-    "sampler.int8": declare(False, "round projections to int8 for decoding", None, _LOCAL),
-    "sampler.gather": declare(True, "gather the weights that mesh.fsdp splits: once per phase "
-        "(True), or once per token (False)", None, _LOCAL),
-    "sampler.warmup": declare("auto", "compile all programs before the first step; auto: on GPU "
-        "and TPU", one_of("auto", "always", "never"), _LOCAL),
-    **server("sampler", timeout=600.0, concurrency=64, read_when=_SERVER),
-    "sampler.dialect": declare("vllm", "the API of the server",
-        entry_of("servers/dialects.py DIALECTS"), _SERVER),
-    "sampler.logprobs": declare("raw", "distribution of the server's log-probabilities",
-        entry_of("servers/remote_engine.py LOGPROBS"), _SERVER),
-    "sampler.max_model_len": declare(0, "maximum tokens of prompt and completion; 0: ask "
-        "the server", whole(0), _SERVER),
-    "sampler.folder": declare("", "folder with weights for the server; the server must be able "
-        "to read the folder; '' for W/engine", None, _SERVER),
+    **execution_settings.SAMPLER,
 
     "train.steps": declare(100, "optimizer steps; 0 only evaluates", whole(0)),
     "train.batch": declare(32, "problems per step", whole(1, 1_000_000)),
@@ -368,14 +341,7 @@ SETTINGS: dict[str, Setting] = {
     "parity.reflection_fallback": declare(False, "if there is no reflection, show the "
         "sibling's solution, as ROSD does", None, _CONTEXT),
 
-    "mesh.data": declare(-1, "devices of this axis; -1 for all remaining devices"),
-    "mesh.fsdp": declare(1, "devices of this axis, which splits completions and parameters"),
-    "mesh.tensor": declare(1, "devices of this axis, which splits heads, MLP and vocabulary; "
-        "must divide the number of query heads"),
-    "mesh.coordinator": declare("", "host:port of the first of several processes; auto on a "
-        "cluster that JAX detects; '' for one process"),
-    "mesh.processes": declare(1, "number of processes, if coordinator is host:port", whole(1)),
-    "mesh.process": declare(0, "number of this process, if coordinator is host:port"),
-    "mesh.heartbeat": declare(20, "seconds of silence after which a process counts as dead and all "
-        "other processes end", whole(1)),
+    **execution_settings.MESH,
+
+    **execution_settings.COMPILE,
 }  # fmt: skip
