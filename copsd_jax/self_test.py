@@ -58,6 +58,8 @@ class _SelfTestProbe(NamedTuple):
     Attributes:
       section: the section of the settings that the sampler uses: rollout or eval.
       asked: the prompts that the sampler completes, and that the student gets in the trainer.
+      filler: further prompts that only the sampler completes. They fill a row of its prefill, so
+        that the first rollouts use the same compiled programs.
       told: the prompts that the trainer gives to the teacher; None if the run has no teacher.
       equal: whether the trainer can also give the student's prompts to the teacher. The trainer
         cannot do this if the two sides have different worked examples before their prompts.
@@ -65,6 +67,7 @@ class _SelfTestProbe(NamedTuple):
 
     section: str
     asked: list[prompts.Prompt]
+    filler: list[prompts.Prompt]
     told: list[prompts.Prompt] | None
     equal: bool
 
@@ -113,14 +116,21 @@ def _build_probe(r: loaded_run.LoadedRun) -> _SelfTestProbe:
     section, form, rows = "rollout", plan.student, plan.rows
     if not config_lib.traits(plan.config).samples:
         section, form, rows = "eval", plan.evaluation, plan.eval_rows
-    count = max(2, sharding.batch_shards(plan.mesh))
-    rows = [rows[i % len(rows)] for i in range(count)]
+    shards = sharding.batch_shards(plan.mesh)
+    count = max(2, shards)
     build = functools.partial(prompts.build_student_prompt, plan.tokenizer, form)
-    asked = [build(row) for row in rows]
+    asked = [build(rows[i % len(rows)]) for i in range(count)]
+    filler: list[prompts.Prompt] = []
+    room = shards * plan.config.sampler.pack // 2 - sum(len(prompt.ids) for prompt in asked)
+    for row in rows[count : plan.config[section].slots] if plan.server is None else ():
+        if room >= 0:
+            filler.append(build(row))
+            room -= len(filler[-1].ids)
     if not config_lib.traits(plan.config).teacher:
-        return _SelfTestProbe(section, asked, None, False)
-    told = [plan.teacher.build_shortest(row) for row in rows]
-    return _SelfTestProbe(section, asked, told, told[0].prefix_ids == asked[0].prefix_ids)
+        return _SelfTestProbe(section, asked, filler, None, False)
+    told = [plan.teacher.build_shortest(rows[i % len(rows)]) for i in range(count)]
+    equal = told[0].prefix_ids == asked[0].prefix_ids
+    return _SelfTestProbe(section, asked, filler, told, equal)
 
 
 # ---- checks without the model ----------------------------------------------------------------
@@ -203,12 +213,12 @@ def _draw_test_completions(
         sampling = dataclasses.replace(sampling, stop=(), stop_ids=())
     elif not remote_engine.reports_log_probs(plan.server.logprobs, sampling)[0]:
         sampling = dataclasses.replace(sampling, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
-    ids = [f"self-test {i}" for i in range(len(probe.asked))]
+    asked, count = probe.asked + probe.filler, len(probe.asked)
+    ids = [f"self-test {i}" for i in range(len(asked))]
     keys = request.derive_sampling_keys(plan.config.seed, "rollout", STEP, ids, [0] * len(ids))
     policy = loaded_run.derive_run_policies(r, state)[0]
-    drawn = loaded_run.sample(
-        r, policy, probe.asked, probe.section, keys, sampling=sampling
-    ).completions
+    drawn = loaded_run.sample(r, policy, asked, probe.section, keys, sampling=sampling).completions
+    drawn = drawn[:count]
     if any(completion.finish == "nonfinite" for completion in drawn):
         raise _refuse("the sampler's logits are not finite")
     if wrong := [i for completion in drawn for i in completion.ids if not real_V[i]]:
