@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
 _UNREAD = frozenset(
     "author compile data eval guards mesh policy tokens description rollout.per_prompt "
     "prompt.max_tokens teacher.max_tokens train.batch train.save_every train.save_minutes "
-    "train.keep train.grace train.log_rollouts".split()
+    "train.keep train.grace train.profile train.log_rollouts".split()
 )
 
 # Maps Python's types of numbers to types that include NumPy's numbers.

@@ -26,6 +26,7 @@ from copsd_jax.runtime import (
     failures,
     nonfinite,
     processes,
+    profiling,
     run_lock,
     signals,
     workdir,
@@ -205,6 +206,7 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
     )
     guard, said = _restore_guards(plan, directory, first, written)
     stream = processes.progress_stream()
+    trace = profiling.StepTrace(c.train.profile, directory / "profile")
     seconds = math.inf  # duration of the last step; unknown before the first step
     try:
         with terminal.Progress("step", c.train.steps, first, stream) as progress:
@@ -213,9 +215,10 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
                 begun, number = time.monotonic(), step + 1  # the first step has number 1
                 expected = (begun + seconds, checkpoints.save_seconds)
                 factor = np.float32(guard["factor"])
-                state, records, values = _run_training_step(
-                    r, state, next(order), step, factor, timer, bad, expected
-                )
+                with trace.record(number):
+                    state, records, values = _run_training_step(
+                        r, state, next(order), step, factor, timer, bad, expected
+                    )
                 writer.write(number, values)
                 guard, events = guards.apply_rules(plan.guards, guard, number, values)
                 said += [dataclasses.asdict(event) for event in events]

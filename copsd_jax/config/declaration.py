@@ -130,6 +130,13 @@ def _is_date(value: str) -> bool:
         return False
 
 
+def _is_step_range(value: str) -> bool:
+    first, _, last = value.partition(":")
+    whole = all(part.isascii() and part.isdigit() for part in (first, last))
+    return not value or (whole and 1 <= int(first) <= int(last))
+
+
+STEP_RANGE = Range("the first and the last of some steps, such as 3:5, or ''", _is_step_range)
 DATE = Range("a date such as 2026-01-31, or ''", _is_date)
 DUAL_CLIP = Range("above 1 (0 is off)", lambda value: value == 0 or 1 < value < math.inf)
 

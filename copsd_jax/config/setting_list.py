@@ -9,6 +9,7 @@ from copsd_jax.config.declaration import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
+    STEP_RANGE,
     TEMPERATURE,
     Condition,
     ListedBy,
@@ -300,6 +301,8 @@ SETTINGS: dict[str, Setting] = {
     "train.keep": declare(3, "number of checkpoints that are kept; 0 for all", whole(0)),
     "train.grace": declare(30.0, "seconds between a signal to stop and the end of the process; a "
         "step that takes longer is not completed", NOT_NEGATIVE),
+    "train.profile": declare("", "steps whose operations are timed in W/profile, such as 3:5; '' "
+        "for none", STEP_RANGE),
     "train.log_rollouts": declare(True, "write W/rollouts/step_NNNNNN.jsonl"),
 
     "lora.rank": declare(64, "rank of every adapter", whole(1, 16_384), _LORA),

@@ -23,7 +23,7 @@ from copsd_jax.runtime import processes, workdir
 # these settings.
 CHANGEABLE = (
     *("description", "mesh.", "compile."),
-    *("train.save_", "train.keep", "train.grace", "train.log_rollouts"),
+    *("train.save_", "train.keep", "train.grace", "train.log_rollouts", "train.profile"),
     *("eval.every", "guards.bad_steps", "guards.logp_gap", "check.self_test"),
     # Settings that decide only how the same tokens are arranged in rows and blocks.
     *("rollout.slots", "eval.slots", "author.slots"),

@@ -14,6 +14,7 @@ A run writes these files:
     W/checkpoints/           checkpoints; damaged checkpoints are moved to W/damaged/
     W/lock, W/lease.json     the process that writes to W; see `run_lock`
     W/tries.json             the launchers' count of starts without progress; see `tries`
+    W/profile/               a trace of the steps of train.profile
     W/engine/                with sampler.engine=server, the newest weights for the server
 """
 
