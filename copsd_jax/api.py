@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
 
 # Sections and settings that only a run reads.
 _UNREAD = frozenset(
-    "author compile data eval guards mesh policy tokens description rollout.per_prompt "
+    "author compile data eval guards log mesh policy tokens description rollout.per_prompt "
     "prompt.max_tokens teacher.max_tokens train.batch train.save_every train.save_minutes "
     "train.keep train.grace train.profile train.log_rollouts".split()
 )

@@ -268,7 +268,7 @@ def summarize_totals(directory: pathlib.Path, steps: int) -> str:
 def summarize_ending(
     plan, before, after, directory: pathlib.Path, seconds: float, stopped: str
 ) -> str:  # fmt: skip
-    """Renders a run's last message: scores, status counts, directory, and a guard's reason to stop.
+    """Renders a run's last message: scores, status counts, directory, and a reason to stop.
 
     Args:
       plan: the checked run.
@@ -276,7 +276,7 @@ def summarize_ending(
       after: the evaluation after training, or None.
       directory: the work directory.
       seconds: wall time since the run was started or continued.
-      stopped: the reason why a guard stopped the run, or "".
+      stopped: what stopped the run before its last step, or "".
     """
     lines = []
     if before and after:
@@ -299,7 +299,7 @@ def summarize_ending(
             "replies or rewards were usable (metric `failed`)"
         )
     if stopped:
-        lines.append(f"stopped by a guard: {stopped}")
+        lines.append(f"stopped by {stopped}")
     return "\n".join(lines)
 
 

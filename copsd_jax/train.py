@@ -16,7 +16,7 @@ import optax
 from copsd_jax import evaluation, self_test, summary
 from copsd_jax.config import settings as config_lib
 from copsd_jax.methods import failed_steps, table
-from copsd_jax.metrics import metric_files, terminal
+from copsd_jax.metrics import callback, metric_files, terminal
 from copsd_jax.problems import batches, languages
 from copsd_jax.runtime import (
     bad_steps,
@@ -189,7 +189,7 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
     """Runs the steps from `first` to the last, or until a guard or a signal stops the run.
 
     Returns:
-      The last state, and the reason why a guard stopped the run ("" if no guard did).
+      The last state, and what stopped the run before its last step ("" if nothing did).
 
     Raises:
       signals.Stopped: a signal has asked the run to stop; the last completed step is saved.
@@ -207,6 +207,7 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
     guard, said = _restore_guards(plan, directory, first, written)
     stream = processes.progress_stream()
     trace = profiling.StepTrace(c.train.profile, directory / "profile")
+    asked, stopped = callback.import_callback(c.log.callback), _name_guard(guard)
     seconds = math.inf  # duration of the last step; unknown before the first step
     try:
         with terminal.Progress("step", c.train.steps, first, stream) as progress:
@@ -222,13 +223,12 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
                 writer.write(number, values)
                 guard, events = guards.apply_rules(plan.guards, guard, number, values)
                 said += [dataclasses.asdict(event) for event in events]
-                if events:
-                    workdir.write_jsonl(directory / "events.jsonl", said)
-                if c.train.log_rollouts:
-                    file = workdir.step_file(directory, "rollouts", number)
-                    workdir.write_jsonl(file, nonfinite.spell_numbers(records))
+                _write_records(c, directory, number, records, said if events else [])
                 bad.check(number, lambda: _list_saved(checkpoints))
-                last = number == c.train.steps or bool(guard["stopped"])
+                stopped = _name_guard(guard)
+                if callback.ask_callback(asked, number, values):
+                    stopped = stopped or f"log.callback={c.log.callback} after step {number}"
+                last = number == c.train.steps or bool(stopped)
                 lines = summary.summarize_failures(number, records) + bad.describe(number)
                 lines += [f"guard: {event.text}" for event in events]
                 _show(progress, lines)  # first, because the next line may end the run
@@ -260,7 +260,24 @@ def _run_training_loop(r, state, first, writer, checkpoints, directory) -> tuple
         checkpoints.wait()  # if the save fails, the run does not count as saved
         raise
     checkpoints.wait()  # during this wait, a first signal does not end the process
-    return state, guard["stopped"]
+    return state, stopped
+
+
+def _write_records(
+    config: config_lib.Config, directory: pathlib.Path, number: int, records: list[dict],
+    said: list[dict],
+) -> None:  # fmt: skip
+    """Writes the records of a step's completions, and the events of the guards if there are any."""
+    if said:
+        workdir.write_jsonl(directory / "events.jsonl", said)
+    if config.train.log_rollouts:
+        file = workdir.step_file(directory, "rollouts", number)
+        workdir.write_jsonl(file, nonfinite.spell_numbers(records))
+
+
+def _name_guard(guard: guards.State) -> str:
+    """Returns what has stopped the run, if a guard has; otherwise ""."""
+    return f"a guard: {guard['stopped']}" if guard["stopped"] else ""
 
 
 def _show(progress: terminal.Progress, lines: list[str]) -> None:

@@ -56,6 +56,11 @@ MESH: dict[str, Setting] = {
         "other processes end", whole(1)),
 }  # fmt: skip
 
+LOG: dict[str, Setting] = {
+    "log.callback": declare("", "function (step, metrics) that is called after each step, as "
+        "module:function; the run stops if it returns True; '' for none"),
+}  # fmt: skip
+
 COMPILE: dict[str, Setting] = {
     "compile.cache": declare("auto", "folder that keeps compiled programs for later starts; auto: "
         "in the user's cache folder; '' for none"),

@@ -346,5 +346,7 @@ SETTINGS: dict[str, Setting] = {
 
     **execution_settings.MESH,
 
+    **execution_settings.LOG,
+
     **execution_settings.COMPILE,
 }  # fmt: skip

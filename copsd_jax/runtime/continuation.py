@@ -22,7 +22,7 @@ from copsd_jax.runtime import processes, workdir
 # Settings that cannot change the numbers of a run. A run may be continued with other values of
 # these settings.
 CHANGEABLE = (
-    *("description", "mesh.", "compile."),
+    *("description", "mesh.", "compile.", "log."),
     *("train.save_", "train.keep", "train.grace", "train.log_rollouts", "train.profile"),
     *("eval.every", "guards.bad_steps", "guards.logp_gap", "check.self_test"),
     # Settings that decide only how the same tokens are arranged in rows and blocks.

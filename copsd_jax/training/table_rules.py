@@ -9,6 +9,7 @@ from typing import Any
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.losses import divergence_loss, divergences
+from copsd_jax.metrics import callback
 from copsd_jax.model import transformer
 from copsd_jax.rewards import reward_functions
 from copsd_jax.servers import dialects, remote_engine
@@ -57,6 +58,7 @@ def check_choices(config: config_lib.Config, *, train: bool = True, data: bool =
     setting_rules.check_settings(config, collect_choice_tables(), train=train, data=data)
     s = config_lib.flat(config)
     reward_functions.import_function(s["reward.kind"])
+    callback.import_callback(s["log.callback"])
     _check_context(s, context_settings(config))
     forms: Collection[str] = conversations.ANSWER_FORMS
     if s["reward.kind"] in reward_functions.REWARDS:
