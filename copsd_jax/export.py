@@ -4,9 +4,9 @@
 
 The result is a Hugging Face folder that transformers and other programs can load. The folder
 contains the merged weights (safetensors), the config, the tokenizer and the generation settings.
-With `--format=peft`, the result is a PEFT folder that contains only the adapter. With
-`--format=base`, the result is the model as it was before training, without an adapter; a server
-that samples for a run needs this model.
+With `--format=peft`, the result is a PEFT folder that contains only the adapter, the name of its
+base model, and the tokenizer. With `--format=base`, the result is the model as it was before
+training, without an adapter; a server that samples for a run needs this model.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import checkpoint, failures, nonfinite, storage, workdir
 from copsd_jax.training import loaded_run, run_plan, train_step
+from copsd_jax.weights import hf, hub, peft, tensor_files
 
 
 def parse_export_flags(argv: list[str]) -> argparse.Namespace:
@@ -81,11 +82,39 @@ def main(argv: list[str]) -> int:
             merged = lora.merge_adapter(student.params, student.adapter, student.scale)
             student = policy_lib.Policy(merged)
         with storage.explain(args.out):
-            loaded_run.write_run_policy(plan, student, args.out.resolve(), config.model.path)
+            _write_export(plan, student, args.out.resolve())
     except (ValueError, OSError, nonfinite.NonFinite) as error:
         return failures.report(error)
     print(f"step {step} of {args.workdir} is in {args.out}")
     return 0
+
+
+def _name_run_base(plan: run_plan.Plan) -> hub.BaseModel:
+    """Returns the name of the model that the run's adapter belongs to."""
+    model, start = plan.config.model, plan.start
+    if start is not None and not start.is_adapter:  # then the base weights are those of init_from
+        return hub.name_base_model(start.folder, start.folder)
+    if model.init == "random":
+        return hub.BaseModel(model.path, "", False)
+    return hub.name_base_model(model.path, plan.weights_path)
+
+
+def _write_export(plan: run_plan.Plan, student: policy_lib.Policy, out: pathlib.Path) -> None:
+    """Writes the adapter of a policy or, without an adapter, the model; adds the tokenizer."""
+    shape, tokenizer = plan.model_config, plan.tokenizer
+    with tensor_files.create_weights_folder(out) as folder:
+        if student.adapter is None:
+            hf.write_files(
+                folder, student.params, shape, source_path=plan.weights_path, tokenizer=tokenizer,
+                stop_ids=plan.vocabulary.stop_ids,
+            )  # fmt: skip
+            return
+        base = _name_run_base(plan)
+        peft.write_files(
+            folder, student.adapter, shape, alpha=plan.config.lora.alpha, base=base.name,
+            revision=base.commit,
+        )  # fmt: skip
+        hf.save_tokenizer(folder, tokenizer)
 
 
 def _check_step(args: argparse.Namespace) -> None:

