@@ -1,6 +1,6 @@
 """Export of a checkpoint to files that other programs can load.
 
-    python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft|base]
+    python -m copsd_jax.export --workdir=W --out=D [--step=12] [--format=peft] [--dtype=float16]
 
 The result is a Hugging Face folder that transformers and other programs can load. The folder
 contains the merged weights (safetensors), the config, the tokenizer and the generation settings.
@@ -10,19 +10,26 @@ training, without an adapter; a server that samples for a run needs this model.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from copsd_jax.runtime import startup
 
 if __name__ == "__main__":
     startup.begin()  # first, because the imports below take time
 
+import jax
+import jax.numpy as jnp
+
 from copsd_jax.model import lora
 from copsd_jax.model import policy as policy_lib
 from copsd_jax.runtime import checkpoint, failures, nonfinite, storage, workdir
 from copsd_jax.training import loaded_run, run_plan, train_step
 from copsd_jax.weights import hf, hub, peft, tensor_files
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def parse_export_flags(argv: list[str]) -> argparse.Namespace:
@@ -39,6 +46,10 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
         "--format", default="hf", choices=("hf", "peft", "base"),
         help="hf: the whole model with the adapter merged (default); peft: the adapter alone; "
         "base: the model before training, without an adapter",
+    )  # fmt: skip
+    add(
+        "--dtype", choices=tuple(DTYPES),
+        help="dtype of the weights in the files; default: the run's dtype, and float32 for peft",
     )  # fmt: skip
     return parser.parse_args(argv[1:])
 
@@ -75,14 +86,8 @@ def main(argv: list[str]) -> int:
                 state = initial if args.format == "base" else _load_checkpoint(args, initial)
             step = int(state.step)
             nonfinite.check_finite(state, f"checkpoint {step} of {args.workdir}")
-        student = loaded_run.derive_run_policies(r, state)[0]
-        if args.format == "base":
-            student = policy_lib.Policy(student.params)
-        if args.format == "hf" and student.adapter is not None:
-            merged = lora.merge_adapter(student.params, student.adapter, student.scale)
-            student = policy_lib.Policy(merged)
         with storage.explain(args.out):
-            _write_export(plan, student, args.out.resolve())
+            _write_export(args, plan, _derive_exported_policy(args, r, state))
     except (ValueError, OSError, nonfinite.NonFinite) as error:
         return failures.report(error)
     print(f"step {step} of {args.workdir} is in {args.out}")
@@ -99,22 +104,53 @@ def _name_run_base(plan: run_plan.Plan) -> hub.BaseModel:
     return hub.name_base_model(model.path, plan.weights_path)
 
 
-def _write_export(plan: run_plan.Plan, student: policy_lib.Policy, out: pathlib.Path) -> None:
+def _derive_exported_policy(
+    args: argparse.Namespace, r: loaded_run.LoadedRun, state: train_step.State
+) -> policy_lib.Policy:
+    """Returns the policy to write: with --format=peft with an adapter, otherwise without one.
+
+    If --dtype is not the run's dtype, the weights are float32, so that they are rounded only once,
+    when they are written.
+    """
+    same = args.dtype is None or DTYPES[args.dtype] == r.plan.dtype
+    dtype = r.plan.dtype if same else jnp.float32
+    student = train_step.derive_policies(state, r.frozen, r.options, dtype)[0]
+    if args.format == "peft":
+        return student
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), student.params)
+    if args.format == "hf" and student.adapter is not None:
+        params = lora.merge_adapter(params, student.adapter, student.scale)
+    return policy_lib.Policy(params)
+
+
+def _write_export(
+    args: argparse.Namespace, plan: run_plan.Plan, student: policy_lib.Policy
+) -> None:
     """Writes the adapter of a policy or, without an adapter, the model; adds the tokenizer."""
     shape, tokenizer = plan.model_config, plan.tokenizer
-    with tensor_files.create_weights_folder(out) as folder:
+    with tensor_files.create_weights_folder(args.out.resolve()) as folder, _name_dtype(args):
         if student.adapter is None:
             hf.write_files(
                 folder, student.params, shape, source_path=plan.weights_path, tokenizer=tokenizer,
-                stop_ids=plan.vocabulary.stop_ids,
+                stop_ids=plan.vocabulary.stop_ids, dtype=args.dtype and DTYPES[args.dtype],
             )  # fmt: skip
             return
         base = _name_run_base(plan)
         peft.write_files(
             folder, student.adapter, shape, alpha=plan.config.lora.alpha, base=base.name,
-            revision=base.commit,
+            revision=base.commit, dtype=DTYPES[args.dtype or "float32"],
         )  # fmt: skip
         hf.save_tokenizer(folder, tokenizer)
+
+
+@contextlib.contextmanager
+def _name_dtype(args: argparse.Namespace) -> Iterator[None]:
+    """Adds the flag to the message if --dtype cannot hold a value."""
+    try:
+        yield
+    except ValueError as error:
+        flag = f"--dtype={args.dtype}: " if args.dtype else ""
+        raise ValueError(f"{flag}{error}") from error
 
 
 def _check_step(args: argparse.Namespace) -> None:

@@ -227,7 +227,7 @@ def _split_weight_rows(start: int, stop: int) -> list[slice]:
 # --- saving -----------------------------------------------------------------------------------
 
 
-def _export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
+def export_tensors(params: dict, config: transformer.ModelConfig) -> Tensors:
     """Maps Hugging Face names to tensors; reading a tensor fetches its leaf to the host.
 
     The cache holds only one leaf. Each leaf is nevertheless fetched only once, because the map
@@ -285,14 +285,13 @@ def save(
 def write_files(
     folder: pathlib.Path, params: dict, config: transformer.ModelConfig, *,
     source_path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerBase,
-    stop_ids: Iterable[int] = (), shard_bytes: int = SHARD_BYTES,
+    stop_ids: Iterable[int] = (), shard_bytes: int = SHARD_BYTES, dtype: Any = None,
 ) -> None:  # fmt: skip
     """Writes the files of a model that transformers can load to an existing folder.
 
     Args:
       folder: the folder.
-      params: tree of parameters, as returned by `load_params`. All leaves must have the same dtype,
-        which is also the dtype in the files.
+      params: tree of parameters, as returned by `load_params`. All leaves must have the same dtype.
       config: config of the model.
       source_path: the resolved path of the original model. The saved folder keeps the generation
         settings of the original model.
@@ -300,16 +299,20 @@ def write_files(
       stop_ids: ids that end a text, besides the stop ids of the original model and the tokenizer.
       shard_bytes: maximum size of the values in one file, in bytes; larger models are split into
         several files.
+      dtype: the dtype in the files; None for the dtype of the parameters.
 
     Raises:
       ValueError: if the parameters do not fit the config, have different dtypes, or have an
-        unsupported dtype.
+        unsupported dtype, or if `dtype` cannot hold a value.
     """
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) != 1 or dtypes - set(tensor_files.DTYPES.values()):
         raise ValueError(f"parameters have dtypes {sorted(map(str, dtypes))}; use one float type")
-    dtype = dtypes.pop()
-    tensors = _export_tensors(params, config)
+    dtype = np.dtype(dtypes.pop() if dtype is None else dtype)
+    tensors = {
+        name: tensor_files.convert_dtype(name, tensor, dtype)
+        for name, tensor in export_tensors(params, config).items()
+    }
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {key: getattr(tokenizer, key) for key in keys}
     files = {

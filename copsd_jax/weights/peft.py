@@ -160,8 +160,9 @@ def write(
 def write_files(
     folder: pathlib.Path, adapter: Mapping[str, Mapping[str, jax.Array]],
     config: transformer.ModelConfig, *, alpha: float, base: str, revision: str = "",
+    dtype: Any = FLOAT32,
 ) -> None:  # fmt: skip
-    """Writes the files of an adapter in PEFT's layout, in float32, to an existing folder.
+    """Writes the files of an adapter in PEFT's layout to an existing folder.
 
     Args:
       folder: the folder.
@@ -170,9 +171,10 @@ def write_files(
       alpha: value of the setting lora.alpha; the rank is read from the shapes in `adapter`.
       base: name or path of the base model, for programs that load the adapter.
       revision: commit of the base model's repository; "" if it is not known.
+      dtype: the dtype in the files.
 
     Raises:
-      ValueError: if the adapter does not fit the config.
+      ValueError: if the adapter does not fit the config, or if `dtype` cannot hold a value.
     """
     if not adapter or set(adapter) - set(lora.TARGETS):
         choices = ", ".join(lora.TARGETS)
@@ -183,7 +185,11 @@ def write_files(
     for target in targets:
         tensors |= _transpose_layers(target, adapter[target], config, rank)
     about = {"base_model_name_or_path": base, "revision": revision or None}
-    tensor_files.write_file(folder / WEIGHTS, tensors.items(), FLOAT32)
+    stored = {
+        name: tensor_files.convert_dtype(name, tensor, np.dtype(dtype))
+        for name, tensor in tensors.items()
+    }
+    tensor_files.write_file(folder / WEIGHTS, stored.items(), np.dtype(dtype))
     tensor_files.write_json(folder / CONFIG, _to_config_json(targets, rank, alpha) | about)
 
 

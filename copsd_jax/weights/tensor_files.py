@@ -42,6 +42,30 @@ class Tensor(NamedTuple):
     read: Callable[..., np.ndarray]
 
 
+def convert_dtype(name: str, tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """Returns a tensor whose values get another dtype when they are read.
+
+    Args:
+      name: name of the tensor, for the error message.
+      tensor: the tensor; all its values are finite.
+      dtype: the new dtype. Reading raises a ValueError if `dtype` cannot hold a value.
+    """
+
+    def read(*part: tuple[slice, ...]) -> np.ndarray:
+        values = tensor.read(*part)
+        with np.errstate(over="ignore"):  # the next lines report an overflow
+            out = values.astype(dtype, copy=False)
+        if not np.isfinite(out).all():
+            worst = float(np.abs(values.astype(np.float32)).max())
+            raise ValueError(
+                f"tensor {name} has a value of magnitude {worst:.6g}, but {dtype} holds at most "
+                f"{float(ml_dtypes.finfo(dtype).max):.6g}"
+            )
+        return out
+
+    return Tensor(tensor.shape, read)
+
+
 def read_json(file: pathlib.Path) -> dict:
     """Reads a file that contains one JSON object.
 

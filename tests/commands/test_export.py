@@ -1,13 +1,16 @@
 """Oracle: the adapter merged by hand; transformers' own model where torch is installed."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import types
 
+import conftest
 import damage
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import peft_reader
 import pytest
@@ -18,7 +21,7 @@ from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
 from copsd_jax.runtime import checkpoint, workdir
 from copsd_jax.training import loaded_run, train_step
-from copsd_jax.weights import hf, hf_config, hub, initial_weights
+from copsd_jax.weights import hf, hf_config, hub, initial_weights, tensor_files
 
 optax_promotes = runs.optax_promotes
 
@@ -106,6 +109,49 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, policy.adapter)
     assert export.main(flags) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", conftest.mostly_slow(["hf", "peft", "base"]))
+def test_the_dtype_of_the_files(trained, tmp_path, kind):
+    """Weights are rounded once, from float32: NumPy rounds the float32 export to the same bits."""
+    flags = ["export", f"--workdir={trained}", f"--format={kind}"]
+    file = {"peft": "adapter_model.safetensors"}.get(kind, "model.safetensors")
+    found = {}
+    for name in ("float32", "float16", "bfloat16"):
+        out = tmp_path / name
+        assert export.main([*flags, f"--out={out}", f"--dtype={name}"]) == 0
+        found[name] = {k: x.read() for k, x in tensor_files.open_file(out / file).items()}
+        if kind != "peft":
+            assert json.loads((out / "config.json").read_text())["dtype"] == name
+    assert export.main([*flags, f"--out={tmp_path / 'plain'}"]) == 0
+    plain = {k: x.read() for k, x in tensor_files.open_file(tmp_path / "plain" / file).items()}
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), plain,
+                 found["float32"])  # fmt: skip
+    for name, dtype in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
+        rounded = {k: x.astype(dtype) for k, x in plain.items()}
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), rounded,
+                     found[name])  # fmt: skip
+
+
+def test_a_value_that_a_dtype_cannot_hold_is_refused(trained, tmp_path, capsys, monkeypatch):
+    derive = train_step.derive_policies
+
+    def huge(*args):
+        student, teacher = derive(*args)
+        adapter = jax.tree.map(lambda x: x.at[0, 0, 0].set(-7e4), student.adapter)
+        return dataclasses.replace(student, adapter=adapter), teacher
+
+    monkeypatch.setattr(train_step, "derive_policies", huge)
+    flags = ["export", f"--workdir={trained}", f"--out={tmp_path / 'o'}", "--format=peft"]
+    assert export.main([*flags, "--dtype=float16"]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("error: --dtype=float16: tensor base_model.model.model.layers.0.")
+    assert found.endswith("has a value of magnitude 70000, but float16 holds at most 65504\n")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        export.main([*flags, "--dtype=int8"])
+    choices = "(choose from float32, bfloat16, float16)"
+    assert choices in capsys.readouterr().err.replace("'", "")
 
 
 def test_the_adapter_names_the_model_whose_weights_it_changes():

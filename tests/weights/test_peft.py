@@ -243,7 +243,7 @@ def test_torch_gives_the_logits_of_base_and_adapter(tmp_path):
     ).eval()
     weights = {
         name: torch.tensor(np.array(tensor.read()))
-        for name, tensor in hf._export_tensors(params, CONFIG).items()
+        for name, tensor in hf.export_tensors(params, CONFIG).items()
     }
     folder = peft.write(tmp_path / "a", adapter_of(), CONFIG, alpha=ALPHA, base="")
     ids = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
