@@ -40,6 +40,8 @@ _CODES = {  # metadata type -> format character of the struct module
 }  # fmt: skip
 NUMBERS = {gguf.GGUFValueType[kind]: code for kind, code in _CODES.items()}
 MAX_RANK = 4  # maximum number of axes of a tensor in a GGUF file
+# The RoPE scalings of Llama 3: the factor is 8 in Llama 3.1 and 3.3, and 32 in Llama 3.2.
+SCALINGS = tuple(transformer.RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 ROPE_FACTORS = "rope_freqs.weight"  # tensor of divisors for Llama 3's rotary frequencies
 
 
@@ -203,8 +205,7 @@ def _rope_scaling(
     if stored.type.name in TENSOR_TYPES and stored.shape == (head_dim // 2,):
         divisors = _decode_gguf_tensor(path, stored, None)
         frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-        for factor in (8.0, 32.0):  # the factor is 8 in Llama 3.1 and 3.3, and 32 in Llama 3.2
-            scaling = transformer.RopeScaling(factor, 1.0, 4.0, 8192)
+        for scaling in SCALINGS:
             expected = 1 / transformer.compute_llama3_factors(scaling, frequency)
             if np.allclose(expected, divisors, rtol=1e-4):
                 return scaling

@@ -66,7 +66,7 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     if not gguf and not (path / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{path} has no tokenizer.json; set model.tokenizer to a folder")
     if gguf:
-        tok = _from_gguf(path)
+        tok = build_from_gguf(gguf_files.read_header(path).metadata, path)
     else:
         _check_folder(path)
         with _explain_errors(path):
@@ -151,9 +151,18 @@ def _choose_splitter(fields: Mapping[str, Any], path: pathlib.Path) -> tuple:
     return SPLITTERS[name]
 
 
-def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-    """Builds a tokenizer from the vocabulary, merges, splitter and chat template of a GGUF file."""
-    fields = gguf_files.read_header(path).metadata
+def build_from_gguf(
+    fields: Mapping[str, Any], path: pathlib.Path
+) -> transformers.PreTrainedTokenizerFast:
+    """Builds a tokenizer from the vocabulary, merges, splitter and chat template of a GGUF file.
+
+    Args:
+      fields: the metadata of the file.
+      path: path of the file, for messages.
+
+    Raises:
+      ValueError: the metadata do not describe a supported tokenizer.
+    """
     splitter, normalizer, ignore_merges = _choose_splitter(fields, path)
     pieces, types, lines = (
         _get_list(fields, f"tokenizer.ggml.{name}", kind, path)
