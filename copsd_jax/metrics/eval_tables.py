@@ -77,6 +77,35 @@ def format_eval_comparison(before: dict, after: dict) -> str:
     return terminal.table(headers, rows)
 
 
+def format_markdown_scores(results: Mapping[str, dict]) -> str:
+    """Renders a Markdown table with the scores of one or two evaluations and their 95 % intervals.
+
+    Two evaluations are compared on the problems that both have, as in `format_eval_comparison`.
+
+    Args:
+      results: one or two results of `evaluate`, by the heading of their column, in order of time.
+    """
+    names, sides = list(results), [result["problems"] for result in results.values()]
+    if len(names) == 2:
+        sides = list(_restrict_to_shared(*results.values()))
+    groups = [group_records(side) for side in sides]
+    headers = ["problems", "n", *(f"{name} [95 % interval]" for name in names)]
+    rows = []
+    for group in groups[0]:
+        scores = [_averages(side[group]) for side in groups]
+        values = [[one[row] for row in scores[0]] for one in scores]
+        cells = [group.replace("|", r"\|"), len(values[0])]
+        for mean, low, high in map(scoring.compute_score_interval, values):
+            cells.append(f"{mean:.1%} [{low:.1%}, {high:.1%}]")
+        if len(values) == 2:
+            paired = [100 * x for x in scoring.compare_paired_scores(*values)[:3]]
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired))
+        rows.append(cells)
+    headers += ["points [95 % interval]"] * (len(names) == 2)
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def format_overview(results: Mapping[int, dict]) -> str:
     """Renders a table with one row for each group of problems at each step.
 

@@ -87,7 +87,7 @@ def test_the_exported_adapter_is_the_trained_one(trained, tmp_path, capsys):
     assert export.main([*flags, "--step=1"]) == 0
     assert "step 1 of" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert (
