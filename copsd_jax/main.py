@@ -3,6 +3,9 @@
     python -m copsd_jax.main --config=configs/opsd.py[:preset] [--workdir=W] [--init_from=W2]
         [--config.A.B=X ...]
 
+`--config=opsd` is the card configs/opsd.py that comes with the program, unless there is a file
+`opsd`. The console command `copsd-jax` is the same program (`command.py`).
+
 The run writes everything to the work directory (default: runs/<config>[-<preset>]). To continue a
 stopped run, give the same command again. `--init_from` starts a new run from other weights: the
 newest checkpoint of a work directory, a PEFT adapter, or a Hugging Face model.
@@ -43,7 +46,7 @@ if __name__ == "__main__":
 from absl import flags
 from ml_collections import config_flags
 
-from copsd_jax.config import cards, setting_rules
+from copsd_jax.config import cards, help_pages, setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.dryrun import targets
 from copsd_jax.metrics import terminal
@@ -74,10 +77,10 @@ class Command(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Runs a command line and returns its exit code."""
-    if any(argument in ("-h", "--help", "-help") for argument in argv[1:]):
-        print(f"{__doc__}\nSettings, with their defaults:\n{config_lib.help_text()}")
-        return 0
     try:
+        if request := help_pages.find_request(argv):
+            print(_format_help(request).rstrip())
+            return 0
         config, workdir, dry_run = parse_command(argv)
         # JAX is imported only after this line, because JAX reads the environment that is set here.
         # Importing JAX late also means that wrong settings are refused sooner.
@@ -112,6 +115,20 @@ def main(argv: list[str]) -> int:
     ) as error:  # fmt: skip
         return failures.report(error)
     return 4 if skipped else 0
+
+
+def _format_help(request: help_pages.Request) -> str:
+    if not request.topic and request.card:
+        return help_pages.format_card(request.card)
+    if not request.topic:
+        return help_pages.format_overview()
+    names = help_pages.select_settings(request.topic)
+    tables = None
+    if help_pages.needs_tables(names):
+        from copsd_jax.training import table_rules  # imported late, because it imports JAX
+
+        tables = table_rules.collect_choice_tables()
+    return help_pages.format_settings(names, tables, request.card)
 
 
 def parse_command(argv: list[str]) -> Command:

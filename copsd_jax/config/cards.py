@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -37,6 +37,20 @@ class Arguments(NamedTuple):
 
     card: str
     others: list[str]
+
+
+class Card(NamedTuple):
+    """A card, described for `--help`.
+
+    Attributes:
+      summary: the first sentences of the card's docstring; "" if there is none.
+      presets: the description of each preset, or the error of a preset that fails.
+      config: the settings that the card returns for the requested preset.
+    """
+
+    summary: str
+    presets: dict[str, str]
+    config: config_lib.Config
 
 
 def split_arguments(argv: Sequence[str]) -> Arguments:
@@ -90,7 +104,8 @@ def _check_setting_or_flag(flag: str) -> str:
     if flag.startswith("config."):
         raise ValueError(config_lib.unknown_setting(flag.removeprefix("config.")))
     known = ", ".join(f"--{name}" for name in FLAGS)
-    raise ValueError(f"--{flag} is no flag: the flags are {known} and --config.name for settings")
+    rule = f"the flags are {known}, --help, and --config.name for settings"
+    raise ValueError(f"--{flag} is no flag: {rule}")
 
 
 def _begins_with_flag(word: str) -> bool:
@@ -127,33 +142,105 @@ def _check_setting_text(name: str, text: str) -> None:
         raise ValueError(config_lib.describe_type_fault(name, text)) from error
 
 
+def bundled_cards() -> dict[str, pathlib.Path]:
+    """Returns the cards that come with the program, by name.
+
+    An installed package contains the cards; a checkout has them beside the package.
+    """
+    package = pathlib.Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")
+    folder = next(filter(pathlib.Path.is_dir, folders), package)
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if folder != package}
+
+
+def find_card(argument: str) -> str:
+    """Returns the file of a card.
+
+    Args:
+      argument: as for `load_card`; a file has precedence over a bundled card of the same name.
+
+    Raises:
+      FileNotFoundError: there is neither such a file nor such a bundled card.
+      ValueError: the file is no Python file.
+    """
+    file = os.path.expanduser(argument).partition(":")[0]
+    if not pathlib.Path(file).is_file():
+        bundled = bundled_cards()
+        if file not in bundled:
+            known = ", ".join(bundled)
+            raise FileNotFoundError(
+                f"--config={file!r}: there is no such file; the cards that have a name are {known}"
+            )
+        return str(bundled[file])
+    if not file.endswith(".py"):
+        raise ValueError(f"--config={file!r}: a card is a Python file, such as configs/opsd.py")
+    return file
+
+
 def load_card(argument: str) -> config_lib.Config:
     """Loads the settings of an experiment card.
 
     Args:
-      argument: the path of the card, perhaps followed by a colon and the name of a preset.
+      argument: the path of the card, or the name of a bundled card; perhaps followed by a colon and
+        the name of a preset.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is no card, or the card fails; the message names the file and the line.
     """
     if not argument:
-        raise ValueError("--config is missing: write, for example, --config=configs/opsd.py")
-    file, colon, preset = os.path.expanduser(argument).partition(":")
-    if not pathlib.Path(file).is_file():
-        raise FileNotFoundError(f"--config={file!r}: there is no such file")
-    if not file.endswith(".py"):
-        raise ValueError(f"--config={file!r}: a card is a Python file, such as configs/opsd.py")
-    try:
+        raise ValueError(
+            "--config is missing: write, for example, --config=opsd:tiny (--help shows the cards)"
+        )
+    file, (_, colon, preset) = find_card(argument), argument.partition(":")
+    module: Any = _run_card(argument, file)
+    with _explain_failure(argument, file):
+        config = module.get_config(preset) if colon else module.get_config()
+    return _check_settings_of(argument, config)
+
+
+def describe_card(argument: str) -> Card:
+    """Loads a card, and describes the card and its presets.
+
+    Args:
+      argument: as for `load_card`.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `load_card`.
+    """
+    config = load_card(argument)
+    name = argument.partition(":")[0]
+    module = _run_card(argument, find_card(name))
+    presets = {}
+    # By convention, a card lists its presets in a dict; no rule forces a user's card to do so.
+    table = getattr(module, "PRESETS", {})
+    for preset in table if isinstance(table, Mapping) else ():
+        try:
+            presets[preset] = load_card(f"{name}:{preset}").description
+        except ValueError as error:
+            presets[preset] = str(error)
+    summary = (module.__doc__ or "").strip().split("\n\n")[0]
+    return Card(" ".join(summary.split()), presets, config)
+
+
+def _run_card(argument: str, file: str) -> Any:
+    """Runs a card's file, and returns its module."""
+    with _explain_failure(argument, file):
         spec: Any = importlib.util.spec_from_file_location("experiment_card", file)
-        module: Any = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # a dataclass in a card looks up its module here
         spec.loader.exec_module(module)
-        config = module.get_config(preset) if colon else module.get_config()
+    return module
+
+
+@contextlib.contextmanager
+def _explain_failure(argument: str, file: str) -> Iterator[None]:
+    """Turns every exception of a card into a ValueError of one sentence."""
+    try:
+        yield
     # A card is the user's program, which may raise any exception or call sys.exit.
     except (Exception, SystemExit) as error:
         raise ValueError(f"--config={argument!r}{_describe_card_failure(file, error)}") from error
-    return _check_settings_of(argument, config)
 
 
 def _describe_card_failure(file: str, error: BaseException) -> str:
@@ -178,7 +265,7 @@ def _describe_unknown_setting(text: str) -> str:
     word = name[0] if name else ""
     every = dict.fromkeys(part for full in config_lib.SETTINGS for part in full.split("."))
     near = difflib.get_close_matches(word, every)
-    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all settings"
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help all lists all settings"
     return f"the settings have no {word!r}: {hint}"
 
 

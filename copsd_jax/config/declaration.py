@@ -68,7 +68,7 @@ class Setting(NamedTuple):
 
     Attributes:
       default: the default value; every other value must have the same type.
-      comment: the meaning of the setting, for `--help` and the documentation.
+      comment: the meaning of the setting, for `--help all` and the documentation.
       allowed: the choices or the range; None if every value of the type is allowed.
       read_when: the conditions under which the setting is read; all of them must be true. If a
         condition is false, every value except the default is refused, because such a value has no

@@ -1,4 +1,4 @@
-"""All settings of a run: the default config, the help text, and the retired settings.
+"""All settings of a run: the default config, their descriptions, and the retired settings.
 
 A config file under `configs/` calls `default()`, changes some settings for its experiment, and
 returns the result. `main` applies the overrides from the command line (`--config.train.steps=20`).
@@ -211,7 +211,7 @@ def unknown_setting(name: str) -> str:
     same_end = [k for k in SETTINGS if k.split(".")[-1] == name.split(".")[-1]]
     same_end.sort(key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
     likely = list(dict.fromkeys([*same_end, *near]))
-    hint = f"did you mean {' or '.join(likely)}?" if likely else "--help lists all settings"
+    hint = f"did you mean {' or '.join(likely)}?" if likely else "--help all lists all settings"
     return f"--config.{name} is not a setting: {hint}"
 
 
@@ -291,13 +291,3 @@ def spell(name: str, when: Condition | ListedBy, tables: Tables) -> str:
     entries = tables[when.setting] if tables else {}
     listing = [entry for entry, settings in entries.items() if name in settings]
     return f"{when.setting}={' or '.join(listing)}" if listing else f"some of {when.setting}"
-
-
-def help_text() -> str:
-    """Returns the help text, with the name, default, comment and allowed values of each setting."""
-    lines = []
-    for name, value, comment, allowed, _ in describe():
-        text = f'"{value}"' if isinstance(value, str) else str(value)
-        setting = f"--config.{name}={text}"
-        lines.append(f"  {setting:<46}  {comment}" + (f" [{allowed}]" if allowed else ""))
-    return "\n".join(lines)

@@ -256,6 +256,38 @@ def test_default_directory_and_overrides(monkeypatch):
     assert runs.config("opsd").train.lr == 1e-3  # an earlier call leaves nothing behind
 
 
-def test_help_lists_the_settings(capsys):
-    assert main.main(["main", "--help"]) == 0
-    assert "--config.loss.clip_mode" in capsys.readouterr().out
+def test_pages_of_help(capsys):
+    """Words by hand: an overview, a section with the entries of its tables, a card, a refusal."""
+
+    def show(*flags):
+        assert main.main(["main", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert "\n  --workdir=W " in show("--help")
+    card = f"--config={conftest.ROOT / 'configs' / 'opsd.py'}:tiny"
+    for flags in (["--help", "loss"], ["--help=loss", card], [card, "-h", "loss"]):
+        page = show(*flags)
+        assert "choices: none, element, token, token_weight, huber\n" in page
+        assert "--config.train." not in page
+    assert "      read with loss.divergence=jsd\n" in show("--help", "loss.beta")
+    assert "--config.train.batch=8    " in show(card, "--help")
+    assert "opsd.py:tiny: 8\n" in show("--help", "train.batch", card)
+    assert main.main(["main", "--help", "lose"]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.startswith("error: --help lose: there is no such section; the choices are run")
+    assert found.err.count("\n") == 1
+    assert main.main(["main", "--help", "--config=absent.py"]) == 2
+
+
+def test_only_a_section_with_tables_imports_them():
+    """The overview and a card's page start faster than JAX."""
+    code = (
+        "import sys; from copsd_jax import main; assert main.main(['main', *sys.argv[1:]]) == 0;"
+        "print('jax' in sys.modules)"
+    )
+    pages = (["--help"], ["--help", "mesh"], ["--config=configs/opsd.py", "--help"])
+    for flags in pages:
+        run = [sys.executable, "-c", code, *flags]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=conftest.ROOT, check=True)
+        assert done.stdout.endswith("\nFalse\n")

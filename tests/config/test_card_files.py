@@ -56,11 +56,31 @@ def test_files_that_are_no_cards(tmp_path):
     refuse([f"--config={tmp_path}"], "there is no such file")
     refuse(["--config", "absent.py"], "'absent.py': there is no such file")
     refuse(["--config="], "--config is missing")
+    refuse(
+        ["--config=opsd.txt:tiny"], "'opsd.txt': there is no such file; the cards that .* copsd,"
+    )
+    refuse(["--config=opds"], "cards that have a name are copsd, critique, grpo, opsd, rosd, sdpo")
+    refuse(["--config=sft:huge"], "line .*: preset is 'huge': the choices are smollm2, tiny, qwen3")
     (tmp_path / "card.py").write_text(
         "from copsd_jax import config\ndef get_config():\n  return config.default()\n"
     )
     assert cards.load_card(str(tmp_path / "card.py")).seed == 0
     refuse([f"--config={tmp_path / 'card.py'}:tiny"], "takes 0 positional arguments")
+
+
+def test_bundled_cards_have_names(tmp_path, monkeypatch):
+    """In any directory; a file of the same name comes first, and a folder does not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sdpo").mkdir()
+    for name in ("copsd", "sdpo"):
+        file = conftest.ROOT / "configs" / f"{name}.py"
+        for preset in ("", ":tiny"):
+            found = main.parse_command(["main", f"--config={name}{preset}"])
+            wanted = main.parse_command(["main", f"--config={file}{preset}"])
+            assert config_lib.flat(found.config) == config_lib.flat(wanted.config)
+            assert found.workdir == wanted.workdir
+    (tmp_path / "opsd").write_text("")
+    refuse(["--config=opsd"], "'opsd': a card is a Python file")
 
 
 def test_a_card_may_have_a_dataclass(tmp_path):

@@ -116,12 +116,6 @@ def test_top_k_above_the_vocabulary_and_a_mesh_that_does_not_divide():
         setting_rules.check_shard_settings(config_lib.default(), 3)
 
 
-def test_help_has_a_line_with_a_comment_for_every_setting():
-    lines = config_lib.help_text().splitlines()
-    names = {line.split("--config.")[1].split("=")[0] for line in lines}
-    assert names == set(config_lib.flat(config_lib.default()))
-
-
 def test_unknown_settings_get_the_likely_ones():
     assert "train.steps" in config_lib.unknown_setting("trian.steps")
     assert "--help" in config_lib.unknown_setting("qqqqqq")
