@@ -3,8 +3,23 @@
 import pathlib
 
 import setuptools
+from setuptools.command import build_py
 
 HERE = pathlib.Path(__file__).parent
+
+
+class BuildWithCards(build_py.build_py):
+    """Copies the cards into the built package, as the folder copsd_jax/configs.
+
+    In the distribution's own `package_dir`, this folder would give an editable install an import
+    hook instead of a line in sys.path.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.packages = [*self.packages, "copsd_jax.configs"]
+        self.package_dir = {**self.package_dir, "copsd_jax.configs": "configs"}
+
 
 setuptools.setup(
     name="copsd_jax",
@@ -18,6 +33,8 @@ setuptools.setup(
     # With this line, an editable install adds the checkout to sys.path. Without it, a script beside
     # a checkout of that name would import the checkout's folder instead of the package.
     package_dir={"": "."},
+    cmdclass={"build_py": BuildWithCards},
+    entry_points={"console_scripts": ["copsd-jax = copsd_jax.command:main"]},
     packages=setuptools.find_packages(include=["copsd_jax", "copsd_jax.*"]),
     package_data={
         "copsd_jax.problems": ["languages.json", "bundled/*.jsonl"],

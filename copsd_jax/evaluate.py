@@ -37,7 +37,7 @@ from copsd_jax.training import loaded_run, run_plan
 def parse_evaluate_flags(argv: list[str]) -> argparse.Namespace:
     """Parses the program's flags; argv[0] is the program's name."""
     parser = startup.CommandParser(
-        prog="python -m copsd_jax.evaluate",
+        prog=startup.spell_program(argv, "evaluate"),
         description="Evaluates checkpoints of a work directory with its own settings.",
     )
     add = parser.add_argument

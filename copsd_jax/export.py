@@ -47,7 +47,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 def parse_export_flags(argv: list[str]) -> argparse.Namespace:
     """Parses the program's flags; argv[0] is the program's name."""
     parser = startup.CommandParser(
-        prog="python -m copsd_jax.export",
+        prog=startup.spell_program(argv, "export"),
         description="Writes a run's checkpoint as a Hugging Face model that transformers loads.",
     )
     add = parser.add_argument

@@ -52,7 +52,7 @@ _CONTENT: dict[str, Any] = {
 def main(argv: list[str]) -> int:
     """Runs the program and returns its exit code."""
     parser = startup.CommandParser(
-        prog="python -m copsd_jax.replay",
+        prog=startup.spell_program(argv, "replay"),
         description="Runs a bad step of a run again, from its files in W/bad.",
     )
     parser.add_argument(

@@ -21,6 +21,8 @@ COMMANDS = {
     "replay": set(),
     "token_comparison": set(),
     "api": {"token_comparison"},
+    "command": {"main"},  # and, by their names, the other programs
+    "new_card": set(),
 }
 
 

@@ -7,6 +7,7 @@ The imports of a command take seconds. A command therefore imports this module a
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from copsd_jax.runtime import signals, streams
@@ -22,6 +23,12 @@ class CommandParser(argparse.ArgumentParser):
         """Prints the message without the usage, and ends the program with exit code 2."""
         print(f"error: {message} ({self.prog} --help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def spell_program(argv: Sequence[str], module: str) -> str:
+    """Returns the words with which the user has started a module of the package."""
+    # `copsd_jax.command` passes these words as argv[0].
+    return argv[0] if argv[0].startswith("copsd-jax ") else f"python -m copsd_jax.{module}"
 
 
 def begin() -> None:

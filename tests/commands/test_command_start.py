@@ -23,10 +23,13 @@ from copsd_jax.runtime import processes, sharding, workdir
 from copsd_jax.servers import client
 
 # The first slow import of each command.
-FIRST = {"main": "absl", "evaluate": "jax", "export": "jax", "replay": "jax"}
+FIRST = {
+    "main": "absl", "evaluate": "jax", "export": "jax", "replay": "jax",
+    "new_card": "ml_collections", "command": "absl",
+}  # fmt: skip
 FLAGS = {
     "main": ["--config=configs/opsd.py:tiny"], "evaluate": [], "export": ["--out=d"],
-    "replay": ["--step=1"],
+    "replay": ["--step=1"], "new_card": [], "command": ["--config=opsd:tiny"],
 }  # fmt: skip
 
 
@@ -167,6 +170,7 @@ def test_a_script_beside_the_checkout_imports_the_package(tmp_path):
     (project / "copsd_jax" / "__init__.py").write_text("load_model = 1\n")
     for name in ("setup.py", "README.md", "LICENSE"):
         shutil.copy(conftest.ROOT / name, project / name)
+    (project / "configs").mkdir()
     venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
     python = tmp_path / "venv" / "bin" / "python"
     site = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
