@@ -49,7 +49,7 @@ def summarize_plan(plan: run_plan.Plan, directory: pathlib.Path, continued: bool
         *_summarize_data(plan),
         f"  a step      {spell(c.train.batch, 'problem')} x "
         f"{spell(c.rollout.per_prompt, 'completion')} of at most {c.rollout.max_tokens} tokens = "
-        f"at most {completions * c.rollout.max_tokens:,} tokens; {spell(c.train.steps, 'step')}",
+        f"at most {completions * c.rollout.max_tokens:,} tokens; {_summarize_steps(c)}",
         f"  prompts     at most {plan.longest['student']} tokens (student), "
         f"{plan.longest['teacher']} (teacher)",
         f"  devices     {plan.mesh.size} x {platform}, mesh {dict(plan.mesh.shape)}",
@@ -166,6 +166,12 @@ def _summarize_languages(rows: list[problem_row.Row]) -> str:
     return ", ".join(f"{lang} {count:,}" for lang, count in counts.items()) or "none"
 
 
+def _summarize_steps(c: config_lib.Config) -> str:
+    count = config_lib.spell_count(c.train.steps, "step")
+    rises = c.train.warmup >= c.train.steps > 0
+    return f"{count}, all within the warm-up ({c.train.warmup})" if rises else count
+
+
 def _summarize_counts(counter: collections.Counter) -> str:
     """Renders each count with its reason; returns "none" if nothing was counted."""
     return ", ".join(f"{count} ({reason})" for reason, count in counter.items()) or "none"
@@ -185,7 +191,7 @@ def summarize_new_schedule(c: config_lib.Config, before: int, done: int, updates
     end = f" and falls to 0 after step {c.train.steps}"
     if updates < done:
         end = f" and falls to 0 after {c.train.steps} updates, of which {updates} are done"
-    if c.train.schedule == "constant":
+    if c.train.schedule == "constant" or c.train.warmup >= c.train.steps:
         end = ""
     return (
         f"train.steps was {before}, now {c.train.steps}: the learning rate of step {done + 1} is "

@@ -1,4 +1,4 @@
-"""The table of all settings, by name, in the order of `--help`."""
+"""The table of all settings, by name, in the order of `--help all`."""
 
 from copsd_jax.config import execution_settings, methods
 from copsd_jax.config.declaration import (
@@ -285,7 +285,7 @@ SETTINGS: dict[str, Setting] = {
     "train.lr": declare(5e-6, "peak learning rate", POSITIVE),
     "train.schedule": declare("linear", "learning rate after warm-up; linear and cosine end at 0",
         one_of("constant", "linear", "cosine")),
-    "train.warmup": declare(0, "steps of linear warm-up", whole(0)),
+    "train.warmup": declare(0, "steps of linear warm-up; a shorter run ends within it", whole(0)),
     "train.weight_decay": declare(0.0, "weight decay of AdamW", NOT_NEGATIVE),
     "train.b1": declare(0.9, "beta 1 of AdamW", BELOW_ONE),
     "train.b2": declare(0.999, "beta 2 of AdamW", BELOW_ONE),

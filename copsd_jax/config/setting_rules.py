@@ -240,8 +240,6 @@ def _check_train_settings(s: Mapping, completions: int) -> None:
             refuse(s, name, f"it must divide {rule}{s['rollout.per_prompt']} = {completions}")
     if s["model.init"] == "pretrained" and s["model.shape"]:
         refuse(s, "model.shape", "it needs model.init=random")
-    if s["train.warmup"] and s["train.warmup"] >= s["train.steps"]:
-        refuse(s, "train.warmup", f"it must be below train.steps, which is {s['train.steps']}")
     if len(set(s["lora.targets"])) != len(s["lora.targets"]):
         refuse(s, "lora.targets", "name each target once")
     if s["train.trainable"] == "lora" and not s["lora.targets"]:

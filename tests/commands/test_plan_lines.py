@@ -41,6 +41,9 @@ def test_lines_about_data(rows):
     assert step.startswith("  a step      8 problems x 1 completion of at most ")
     said = "\n".join(lines_of(train__steps=1))
     assert " tokens; 1 step\n" in said
+    (step,) = [line for line in lines_of(train__warmup=2) if line.startswith("  a step  ")]
+    assert step.endswith("; 2 steps, all within the warm-up (2)")
+    assert "the warm-up" not in "".join(lines_of(train__warmup=1))
     for words in ("cannot read", "are repeated", "bundled problems, because"):
         assert words not in said
 

@@ -6,7 +6,9 @@ import importlib.util
 import conftest
 import pytest
 
+from copsd_jax.config import cards
 from copsd_jax.config import settings as config_lib
+from copsd_jax.training import table_rules
 
 CARDS = ("opsd", "copsd", "rosd", "critique", "sdpo", "grpo", "sft")
 
@@ -83,6 +85,22 @@ PUBLISHED = {
         "train.lr": 2e-5, "train.schedule": "linear", "train.batch": 64, "lora.rank": 64,
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("card", CARDS)
+def test_one_setting_shortens_a_run(card, steps):
+    """Every preset with only another number of steps, and with the files that it asks for."""
+    for preset in load(card).PRESETS:
+        argument = f"{conftest.ROOT / 'configs' / card}.py:{preset}"
+        config = cards.load_card(argument)
+        config.data.path = config.data.path or "rows.jsonl"
+        for name in ("author.url", "author.path"):
+            section, key = name.split(".")
+            if config.author.kind == {"url": "server", "path": "file"}[key]:
+                config[section][key] = config[section][key] or "http://host:1/v1"
+        config.train.steps = steps
+        table_rules.check_choices(config)
 
 
 @pytest.mark.parametrize("card, preset", list(PUBLISHED))

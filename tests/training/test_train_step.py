@@ -277,6 +277,7 @@ def test_bug_10_a_step_without_any_token_is_finite(decoder, params):
         ("linear", 0, [1.0, 0.75, 0.5, 0.25]),
         ("cosine", 0, [1.0, 0.853553, 0.5, 0.146447]),
         ("linear", 2, [1 / 3, 2 / 3, 1.0, 0.5]),
+        ("cosine", 9, [0.1, 0.2, 0.3, 0.4]),  # a run that ends during its warm-up
     ],
 )
 def test_learning_rates_by_hand(schedule, warmup, expected):
