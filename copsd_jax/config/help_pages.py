@@ -34,6 +34,8 @@ SECTIONS = {
     "eval": "evaluation: problems, sampling, grading",
     "parity": "departures that reproduce published code",
     "mesh": "devices and processes",
+    "log": "a function of your own that sees the metrics of each step",
+    "compile": "the folder that keeps compiled programs",
 }
 
 _USAGE = """\
