@@ -79,7 +79,7 @@ class Writer:
                 )
             storage.write_whole(self.path, [line + b"\n" for line in lines[: len(kept)]])
         self._last = kept[-1]["step"] if kept else -1
-        self._evaluated = {row["step"] for row in kept if _is_evaluation(row)}
+        self._scores = {row["step"]: row for row in kept if _is_evaluation(row)}
         trained = {row["step"] for row in kept if not _is_evaluation(row)}
         if absent := sorted(set(range(1, resume)) - trained):
             self.repairs.append(f"{self.path} has no line for {_spell_metric_steps(absent)}")
@@ -90,24 +90,23 @@ class Writer:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the metrics of a step; `values` maps names to numbers or scalar arrays."""
-        numbers = {name: v if type(v) is int else float(v) for name, v in values.items()}
-        line = {"step": int(step)}
-        line |= {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
+        self._append(_build_line(step, values))
+
+    def _append(self, line: dict[str, Any]) -> None:
         self._file.append(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.sync()
         if self._board is None:
             self._board = _rebuild_board(self._folder, [])
         self._board.append(b"".join(_build_records([line])))
-        self._last = step
+        self._last = line["step"]
 
     def write_evaluation(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Writes the scores of an evaluation by group, as `evaluate` returns them.
 
-        If the file has a line for this evaluation, nothing is written. The same is true if the file
-        has lines of later steps, as in runs of earlier versions.
+        If the file has a line for an evaluation of this step, for example of fewer problems, the
+        line is replaced. A run of an earlier version may have lines of later steps; the new line is
+        then written before them.
         """
-        if step in self._evaluated or step < self._last:
-            return
         values = {}
         for group, found in scores.items():
             names = {
@@ -115,8 +114,22 @@ class Writer:
             }
             names |= {name: name for name in ("format_rate", "truncated", "mean_tokens")}
             values |= {f"{EVAL}{group}/{name}": found[key] for name, key in names.items()}
-        self.write(step, values)
-        self._evaluated.add(step)
+        line = _build_line(step, values)
+        if step not in self._scores and step >= self._last:
+            self._append(line)
+        elif self._scores.get(step) != line:
+            self._rewrite(line)
+        self._scores[step] = line
+
+    def _rewrite(self, line: dict[str, Any]) -> None:
+        """Puts the line of an evaluation in its place, and rebuilds both files."""
+        self.close()
+        rows = [row for row in _read(self.path)[0] if row["step"] != line["step"]
+                or not _is_evaluation(row)]  # fmt: skip
+        rows.insert(sum(row["step"] <= line["step"] for row in rows), line)
+        storage.write_whole(self.path, [f"{json.dumps(row, allow_nan=False)}\n" for row in rows])
+        self._file = storage.Appender(self.path)
+        self._board = _rebuild_board(self._folder, rows)
 
     def close(self) -> None:
         """Closes both files."""
@@ -286,6 +299,12 @@ def _compute_checksums(texts: Sequence[bytes]) -> list[bytes]:
     crc_B = ~crc_B
     masked_B = (crc_B >> 15 | crc_B << 17) + np.uint32(0xA282EAD8)
     return [struct.pack("<I", value) for value in masked_B]
+
+
+def _build_line(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a line; values that JSON lacks are spelled as text."""
+    numbers = {name: v if type(v) is int else float(v) for name, v in values.items()}
+    return {"step": int(step)} | {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
 
 
 class NoWriter:

@@ -234,8 +234,5 @@ def test_a_guard_lowers_the_learning_rate(tmp_path):
     argv = runs.argv("opsd", workdir, train__steps=3, train__schedule="constant", eval__limit=2)
     argv.append("--config.guards.rules=loss>-1e9:lr*0.5")
     assert main.main(argv) == 0
-    rates = [
-        json.loads(line)["learning_rate"]
-        for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+    rates = [line["learning_rate"] for line in runs.steps_of(workdir)]
     assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4])

@@ -402,9 +402,9 @@ def test_a_new_context_is_one_function_and_one_entry(monkeypatch):
 def test_every_card_runs_five_steps_and_writes_its_diagnostics(card, tmp_path):
     argv = runs.argv(card, tmp_path / "w", train__steps=5, train__save_every=5, eval__limit=2)
     assert main.main(argv) == 0
-    lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
-    line = {name: value for text in lines for name, value in json.loads(text).items()}
+    lines = runs.steps_of(tmp_path / "w")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    line = {name: value for one in lines for name, value in one.items()}
     teacher = card not in ("grpo", "sft")
     names = ["repetition", "completion_tokens", "grad_norm", "loss"]
     names += ["entropy_student", "taught"] if teacher else ["policy_entropy", "policy_loss"]

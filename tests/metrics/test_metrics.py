@@ -297,9 +297,38 @@ def test_the_evaluation_of_the_step_before_a_kill_is_written_by_the_next_start(t
     with metric_files.Writer(tmp_path) as writer:
         writer.write(1, {"loss": 0.5})
     with metric_files.Writer(tmp_path, resume=2) as writer:
-        writer.write_evaluation(0, SCORES)  # not before a line of a later step
         writer.write_evaluation(1, SCORES)
     assert [line["step"] for line in lines(tmp_path)] == [1, 1]
+
+
+def test_a_line_of_scores_is_inserted_or_replaced(tmp_path):
+    """Of a run of an earlier version, and of an evaluation of more problems."""
+    with metric_files.Writer(tmp_path) as writer:
+        for step in (1, 2):
+            writer.write(step, {"loss": step / 3})
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    other = {"sw": SCORES["sw/seen"] | {"avg_at_n": 0.5}}
+    with metric_files.Writer(tmp_path, resume=3) as writer:
+        writer.write_evaluation(0, SCORES)
+        writer.write_evaluation(1, SCORES)
+        writer.write(3, {"loss": 1.0})
+        writer.write_evaluation(1, other)
+        writer.write(4, {"loss": math.nan})
+        writer.write_evaluation(0, SCORES)  # the same scores
+    found = [(x["step"], x.get("loss"), x.get("eval/sw/seen/avg@4"), x.get("eval/sw/avg@4"))
+             for x in lines(tmp_path)]  # fmt: skip
+    assert found == [
+        (0, None, 0.25, None), (1, 1 / 3, None, None), (1, None, None, 0.5), (2, 2 / 3, None, None),
+        (3, 1.0, None, None), (4, "nan", None, None),
+    ]  # fmt: skip
+    after = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [after[1], after[3]] == before
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    tags = [(step, tag) for step, tag, _ in points(path) if tag in ("loss/loss", "eval/sw/avg@4")]
+    assert tags == [
+        (1, "loss/loss"), (1, "eval/sw/avg@4"), (2, "loss/loss"), (3, "loss/loss"),
+        (4, "loss/loss"),
+    ]  # fmt: skip
 
 
 def test_a_second_line_of_a_step_is_refused(tmp_path):
