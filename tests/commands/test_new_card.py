@@ -6,6 +6,7 @@ import sys
 
 import conftest
 import pytest
+import runs
 
 from copsd_jax import main, new_card
 from copsd_jax.config import cards, declaration
@@ -17,6 +18,8 @@ SOURCES = [
     for name in cards.bundled_cards()
     for preset in cards.describe_card(name).presets
 ]
+
+optax_promotes = runs.optax_promotes
 
 
 @pytest.fixture(autouse=True)
