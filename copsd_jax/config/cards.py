@@ -255,6 +255,9 @@ def _describe_card_failure(file: str, error: BaseException) -> str:
     text = " ".join(str(error).split())
     if frames[-1].filename.endswith("config_dict.py") and isinstance(error, AttributeError):
         return f"{where}: {_describe_unknown_setting(text)}"
+    # ConfigDict repeats the value and its type in the form of Python's classes.
+    if wrong := re.match(r"Could not override field '(\w+)'.*casted to type <class '(\w+)'>", text):
+        return f"{where}: the value of {wrong[1]!r} must have the type {wrong[2]}"
     kind = "" if text and isinstance(error, ValueError) else type(error).__name__
     return f"{where}: {': '.join(filter(None, (kind, text[:_SHOWN])))}"
 
