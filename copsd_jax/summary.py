@@ -13,7 +13,7 @@ from copsd_jax.dryrun import memory
 from copsd_jax.methods import failed_steps
 from copsd_jax.metrics import eval_tables, metric_files, terminal
 from copsd_jax.model import transformer
-from copsd_jax.problems import languages, problem_row
+from copsd_jax.problems import languages, problem_row, record_files
 from copsd_jax.rewards import reward_functions
 from copsd_jax.runtime import processes, sharding, streams
 from copsd_jax.teaching import prompts
@@ -97,7 +97,7 @@ def _summarize_golds(kind: str, rows: list[problem_row.Row]) -> str:
         said += f"; rows without a gold answer, which are not graded: {absent:,}"
     if found := reward_functions.find_unreadable(kind, golds):
         said += f"; gold answers that the grader cannot read: {len(found):,}, "
-        said += f"such as that of row {found[0]!r}"
+        said += f"such as {reward_functions.quote_golds(golds, found)}"
     return said
 
 
@@ -122,6 +122,11 @@ def _summarize_data(plan: run_plan.Plan) -> list[str]:
         lines.append(
             f"  {shared:,} of {len(plan.eval_rows):,} evaluation problems are training problems too"
         )
+    for setting, names in plan.unread.items():
+        path = setting.replace("fields", "path")
+        if names and not c[path.partition(".")[0]].path.startswith("bundled:"):
+            shown = record_files.list_record_fields(names)
+            lines.append(f"  fields of {path} that nothing reads: {shown} ({setting} can map them)")
     own = not c.data.path.startswith("bundled:")
     if own and c.eval.path == config_lib.default().eval.path:
         lines.append("  the evaluation uses bundled problems, because eval.path is the default")

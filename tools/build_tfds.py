@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from copsd_jax.problems import record_files, sources
+from copsd_jax.problems import field_values, record_fields, record_files
 
 
 def build_tfds(
@@ -57,11 +57,11 @@ def build_tfds(
     folder = pathlib.Path(data_dir) / name / version
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another version or remove it")
-    records = sources.rename_fields(
+    records = record_fields.rename_fields(
         source_path, record_files.read_records(source_path, setting="SOURCE"), fields, "--fields"
     )
     found = {column for record in records for column in record.fields}
-    columns = sorted(c for c in found if c in sources.FIELDS or c.startswith("problem_"))
+    columns = sorted(c for c in found if c in record_fields.FIELDS or c.startswith("problem_"))
     if not columns:
         raise ValueError(f"{source_path}: no record has a field of problems; --fields maps names")
     examples = [_example(source_path, record, columns) for record in records]
@@ -92,12 +92,12 @@ def _example(path: str, record: record_files.Record, columns: Sequence[str]) -> 
     out = dict.fromkeys(columns, "")
     for column in columns:
         value = record.fields.get(column)
-        if column.endswith("_ok") and not sources.is_blank(value):
-            out[column] = "true" if sources.is_true(value) else "false"
-        elif not sources.is_blank(value):
+        if column.endswith("_ok") and not field_values.is_blank(value):
+            out[column] = "true" if field_values.is_true(value) else "false"
+        elif not field_values.is_blank(value):
             try:
-                out[column] = sources.convert_problem_field(column, value)
-            except sources.UnusableValue as error:
+                out[column] = field_values.convert_problem_field(column, value)
+            except field_values.UnusableValue as error:
                 raise ValueError(f"{path}, {record.where}: {error}") from error
     return out
 

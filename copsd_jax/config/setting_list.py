@@ -101,6 +101,8 @@ SETTINGS: dict[str, Setting] = {
         _LANGUAGES),
     "data.fields": declare("", "names of the fields in the file, such as "
         "'problem=question,answer=final'", None, _TRAIN_FIELDS),
+    "data.answer": declare("", "how the gold answer is taken from the field 'answer': '' for the "
+        "whole field; boxed, after:MARK or pattern:REGEX", None, _TRAIN_FIELDS),
     "data.missing": declare("error", "if a row lacks a needed field: stop, or drop and count the "
         "row", one_of("error", "drop")),
     "data.overlong": declare("drop", "if a prompt exceeds prompt.max_tokens or teacher.max_tokens: "
@@ -312,6 +314,8 @@ SETTINGS: dict[str, Setting] = {
 
     "eval.path": declare("bundled:held_out", "like data.path, but for evaluation; '' for none"),
     "eval.fields": declare("", "fields of eval.path; '' for data.fields", None, _EVAL_FIELDS),
+    "eval.answer": declare("", "like data.answer, but for eval.path; '' for data.answer", None,
+        _EVAL_FIELDS),
     "eval.lang": declare((), "like data.lang, but for evaluation; () for data.lang"),
     "eval.limit": declare(0, "read only the first n records of the source; 0 for all", whole(0)),
     "eval.every": declare(0, "steps between evaluations during training; 0: only before and after",

@@ -107,7 +107,10 @@ def resolve_code(code: str, registry: Mapping[str, Language]) -> str:
             return known
     every = registry.values()
     codes = (f"{x.code} ({', '.join(x.aliases)})" if x.aliases else x.code for x in every)
-    raise ValueError(f"unknown language {code!r}: the choices are {', '.join(codes)}")
+    raise ValueError(
+        f"unknown language {code!r}: the choices are {', '.join(codes)}; "
+        "a file named by languages_file adds languages"
+    )
 
 
 def _read_languages_file(path: pathlib.Path) -> dict[str, Language]:

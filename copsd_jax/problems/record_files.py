@@ -1,24 +1,25 @@
-"""Reads the records of a source: JSONL, a JSON list, parquet, TSV, or a TFDS data set.
+"""Reads the records of a source: JSONL, a JSON list, parquet, CSV, TSV, or a TFDS or hub data set.
 
 A value keeps its type; `sources` converts values to text. Every error is one sentence that names
 the file and the line or row.
 """
 
 import collections
+import csv
 import decimal
-import errno
 import importlib
+import io
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from copsd_jax.problems import bundled
+from copsd_jax.problems import bundled, hub_datasets, source_files
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
+NAMED = ("bundled:", "tfds:", "hf:")  # the sources that are no files
 DIGITS = 4300  # maximum number of digits of an integer; Python refuses to convert longer texts
 _COLUMN = (
     "(?:[a-z]+[_ ])?"
@@ -40,6 +41,12 @@ class Unread(NamedTuple):
     """A parquet value that has no counterpart in Python, such as a date after the year 9999."""
 
     type: str
+
+
+class Unusable(NamedTuple):
+    """A value from which no text can be made, such as a conversation with two questions."""
+
+    reason: str
 
 
 def _describe_record_error(error: BaseException) -> str:
@@ -74,23 +81,17 @@ def read_records(path: str, *, lang: str = "en", setting: str = "data.path") -> 
             choices = ", ".join(f"bundled:{choice}" for choice in bundled.NAMES)
             raise ValueError(f"{setting} is {path!r}: the choices are {choices}")
         return _read_json(path, bundled.find_file(name).read_bytes())
-    file = pathlib.Path(os.path.expanduser(path))
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder; name one file in it")
-        if file.suffix not in SUFFIXES:
-            raise ValueError(
-                f"{setting} is {path!r}: a file must end in {', '.join(SUFFIXES)}; "
-                "other choices are bundled:NAME and tfds:NAME/SPLIT"
-            )
-        if not file.is_file():
-            raise FileNotFoundError(errno.ENOENT, "there is no such file")
-        raw = file.read_bytes()
-    except OSError as error:
-        raise type(error)(f"{setting} is {path!r}: {error.strerror}") from error
-    if file.suffix == ".tsv":
-        return _read_tsv(path, raw, f"problem_{lang}")
-    return _read_parquet(path, raw) if file.suffix == ".parquet" else _read_json(path, raw)
+    if path.startswith("hf:"):
+        return [Record(f"row {k}", x) for k, x in enumerate(hub_datasets.read(path, setting), 1)]
+    shards = source_files.find_shards(path, setting)
+    out = []
+    for shard in shards:
+        raw = source_files.read_shard(shard, setting)
+        found = _PARSERS[shard.kind](shard.name, raw, f"problem_{lang}")
+        if len(shards) > 1:
+            found = [Record(f"{shard.path.name} {where}", fields) for where, fields in found]
+        out += found
+    return out
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -185,6 +186,48 @@ def _read_record_decimal(digits: str) -> float | decimal.Decimal:
     except ArithmeticError as error:
         raise ValueError("a number has too large an exponent; write it as text") from error
     return value if decimal.Decimal(repr(value)) == exact else exact
+
+
+def _read_csv(path: str, raw: bytes) -> list[Record]:
+    """Reads comma-separated cells below a header row; quoted cells may have line breaks."""
+    text = _decode_source_text(path, raw)
+    # The default of 131,072 characters is less than the length of some solutions.
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] = []
+    out = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {line}: broken CSV ({error})") from error
+        if cells is None:
+            return out
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not names:
+            names = [cell.strip() or f"column {k}" for k, cell in enumerate(cells, 1)]
+            _check_csv_header(path, line, names)
+        elif len(cells) != len(names):
+            raise ValueError(
+                f"{path}, line {line}: expected {len(names)} cells as in the header, found "
+                f"{len(cells)}"
+            )
+        else:
+            out.append(Record(f"line {line}", dict(zip(names, cells, strict=True))))
+
+
+def _check_csv_header(path: str, line: int, names: list[str]) -> None:
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}, line {line}: the column {twice[0][:60]!r} occurs twice")
+    other = next((mark for mark in (";", "\t", "|") if mark in names[0]), "")
+    if len(names) == 1 and other:
+        raise ValueError(
+            f"{path}, line {line}: the header {names[0][:60]!r} has no comma; separate the cells "
+            f"of a CSV file with commas, not with {other!r}"
+        )
 
 
 def _read_tsv(path: str, raw: bytes, field: str) -> list[Record]:
@@ -317,3 +360,12 @@ def read_example(k: int, example: dict[str, Any]) -> Record:
     """
     absent = {key for key, v in example.items() if isinstance(v, bytes) and not v}
     return Record(f"row {k}", {key: v for key, v in example.items() if key not in absent})
+
+
+_PARSERS: dict[str, Callable[[str, bytes, str], list[Record]]] = {
+    ".jsonl": lambda path, raw, field: _read_json(path, raw),
+    ".json": lambda path, raw, field: _read_json(path, raw),
+    ".parquet": lambda path, raw, field: _read_parquet(path, raw),
+    ".tsv": _read_tsv,
+    ".csv": lambda path, raw, field: _read_csv(path, raw),
+}

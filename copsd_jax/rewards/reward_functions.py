@@ -418,11 +418,10 @@ def check_gold_answers(
     if unreadable and kind != "answer":
         _read_gold(kind, golds[unreadable[0]], f"row {unreadable[0]!r} of {setting}")
     if unreadable and len(unreadable) == len(golds):
-        row, gold = next(iter(golds.items()))
         blank = "" if needed else ", or be blank if the row is not to be graded"
         raise ValueError(
             f"{setting}: the grader cannot read any of the {len(golds)} gold answers, for example "
-            f"{_shorten(gold)!r} of row {row!r}; the field 'answer' must contain only the final "
+            f"{quote_golds(golds, unreadable)}; the field 'answer' must contain only the final "
             f"answer{blank}"
         )
 
@@ -438,6 +437,16 @@ def find_unreadable(kind: str, golds: Mapping[str, str]) -> list[str]:
       The ids of the rows; [] for the user's own function, which may read any text.
     """
     return [row for row, gold in golds.items() if kind in REWARDS and not _is_readable(kind, gold)]
+
+
+def quote_golds(golds: Mapping[str, str], rows: Sequence[str]) -> str:
+    """Returns the gold answers of the first three of the given rows, with the rows' ids.
+
+    Args:
+      golds: the gold answer of each row id.
+      rows: the ids of the rows to quote.
+    """
+    return ", ".join(f"{_shorten(golds[row], 60)!r} of row {row!r}" for row in rows[:3])
 
 
 def _is_readable(kind: str, gold: str) -> bool:

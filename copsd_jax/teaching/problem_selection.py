@@ -1,6 +1,6 @@
 """Loads a run's problems, and checks that the method, context, author and reward can use them."""
 
-import collections
+from collections import Counter
 from collections.abc import Mapping
 
 from copsd_jax.config import settings as config_lib
@@ -10,24 +10,24 @@ from copsd_jax.rewards import reward_functions
 from copsd_jax.teaching import contexts, step_checker
 
 Registry = Mapping[str, languages.Language]
-Loaded = tuple[list[Row], collections.Counter]  # rows, and counts of dropped rows by reason
 
 
 def load_train_rows(
     config: config_lib.Config, context: contexts.Settings, registry: Registry
-) -> Loaded:
-    """Returns the training rows, and the number of dropped rows for each reason.
+) -> sources.Loaded:
+    """Returns the training rows, the number of dropped rows for each reason, and unread fields.
 
     Raises:
       ValueError: the reward, the context or the author cannot use the rows.
     """
     needs = list_needed_problem_fields(config, context)
-    rows, dropped = sources.load_rows(
+    loaded = sources.load_source(
         config.data.path, config.data.lang, missing=config.data.missing,
-        fields=_select_problem_field_map(config.data.path, config.data.fields),
+        **_select_field_settings(config.data.path, config.data.fields, config.data.answer),
         needs=(*needs, *_need_options(config)),
         limit=config.data.limit, registry=registry,
     )  # fmt: skip
+    rows = loaded.rows
     if config_lib.traits(config).samples:  # methods without sampling grade no training rows
         reward_functions.check_gold_answers(
             config.reward.kind, {row.id: row.answer for row in rows if row.answer}, "data.path",
@@ -48,26 +48,29 @@ def load_train_rows(
                 f"but {len(unknown)} of {len(rows)} rows have other solutions, such as "
                 f"{unknown[0].id!r} with {unknown[0].solution[:80]!r}"
             )
-    return rows, dropped
+    return loaded
 
 
-def load_eval_rows(config: config_lib.Config, registry: Registry) -> Loaded:
-    """Returns the evaluation rows, and the number of dropped rows for each reason."""
+def load_eval_rows(config: config_lib.Config, registry: Registry) -> sources.Loaded:
+    """Returns the evaluation rows, the counts of dropped rows by reason, and unread fields."""
     if not config.eval.path:
-        return [], collections.Counter()
-    fields, fields_setting = config.eval.fields, "eval.fields"
-    if config.data.fields and not fields:
-        fields, fields_setting = config.data.fields, "data.fields (eval.fields is '')"
-    rows, dropped = sources.load_rows(
-        config.eval.path, config.eval.lang or config.data.lang, missing=config.data.missing,
-        fields=_select_problem_field_map(config.eval.path, fields),
+        return sources.Loaded([], Counter())
+    own, taught = config.eval, config.data
+    fields_setting = "eval.fields"
+    if taught.fields and not own.fields:
+        fields_setting = "data.fields (eval.fields is '')"
+    loaded = sources.load_source(
+        own.path, own.lang or taught.lang, missing=taught.missing,
+        **_select_field_settings(
+            own.path, own.fields or taught.fields, own.answer or taught.answer
+        ),
         needs=("answer", *_need_options(config)), limit=config.eval.limit, registry=registry,
         setting="eval.path", fields_setting=fields_setting,
     )  # fmt: skip
     reward_functions.check_gold_answers(
-        config.reward.kind, {row.id: row.answer for row in rows}, "eval.path"
+        config.reward.kind, {row.id: row.answer for row in loaded.rows}, "eval.path"
     )
-    return rows, dropped
+    return loaded
 
 
 def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, ...]:
@@ -83,7 +86,9 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
         return ()
     rows, _ = sources.load_rows(
         config.prompt.exemplars_path, (config.prompt.exemplars_lang,),
-        fields=_select_problem_field_map(config.prompt.exemplars_path, config.data.fields),
+        **_select_field_settings(
+            config.prompt.exemplars_path, config.data.fields, config.data.answer
+        ),
         needs=("answer", "solution"), registry=registry, setting="prompt.exemplars_path",
     )  # fmt: skip
     if len(rows) < count:
@@ -94,9 +99,10 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
     return tuple(rows[:count])
 
 
-def _select_problem_field_map(path: str, fields: str) -> str:
-    """Returns the field map of a source; bundled files need no map, so their map is empty."""
-    return "" if path.startswith("bundled:") else fields
+def _select_field_settings(path: str, fields: str, answer: str) -> dict[str, str]:
+    """Returns the settings that say how fields are read; bundled files need none."""
+    own = not path.startswith("bundled:")
+    return {"fields": fields, "answer": answer} if own else {}
 
 
 def _need_options(config: config_lib.Config) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from copsd_jax.config import setting_rules
 from copsd_jax.config import settings as config_lib
 from copsd_jax.model import transformer
-from copsd_jax.problems import languages, problem_row
+from copsd_jax.problems import languages, problem_row, sources
 from copsd_jax.runtime import sharding
 from copsd_jax.sampler import request
 from copsd_jax.servers import client, remote_engine, sampler_server
@@ -71,6 +71,7 @@ class Plan(ProgramPlan):
       dropped: the number of training rows left out, by reason.
       eval_rows: the problems to evaluate on.
       eval_dropped: the number of evaluation rows left out, by reason.
+      unread: the fields of the files that nothing reads, by the setting that maps fields.
       student, evaluation, author: the prompt format of each side.
       teacher: the object that builds the teacher's prompts.
       selection: the settings that select the tokens with loss.
@@ -90,6 +91,7 @@ class Plan(ProgramPlan):
     dropped: collections.Counter
     eval_rows: list[problem_row.Row]
     eval_dropped: collections.Counter
+    unread: dict[str, tuple[str, ...]]
     student: conversations.PromptFormat
     teacher: teacher_side.TeacherSide
     evaluation: conversations.PromptFormat
@@ -128,12 +130,11 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     guards.check_metrics(rules)
     # The cheap checks come first: files of problems, then devices, then the model's headers.
     written = _author_replies(config) if train else {}
-    rows, dropped = [], collections.Counter()
-    eval_rows, eval_dropped = [], collections.Counter()
+    problems = held = sources.Loaded([], collections.Counter())
     if train:
-        rows, dropped = problem_selection.load_train_rows(config, context, registry)
+        problems = problem_selection.load_train_rows(config, context, registry)
     if evaluate:
-        eval_rows, eval_dropped = problem_selection.load_eval_rows(config, registry)
+        held = problem_selection.load_eval_rows(config, registry)
     exemplars = problem_selection.load_exemplars(config, registry)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if train:
@@ -155,7 +156,7 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     # Only a method with a teacher has exemplars with replies.
     shown = teacher_prompts.build_exemplars(side, context) if taught else ()
     teacher = teacher_side.TeacherSide(tok, side, context, shown)
-    trained, examined, longest = _keep_fitting(config, sides, teacher, rows, eval_rows)
+    trained, examined, longest = _keep_fitting(config, sides, teacher, problems.rows, held.rows)
     if train:
         problem_selection.check_language_shares(config, trained.rows, registry)
     server = server and _connect_planned_server(config, server, longest)
@@ -171,8 +172,9 @@ def make_plan(config: config_lib.Config, *, train: bool = True, evaluate: bool =
     return Plan(
         config, mesh, dtype, shape, path, start, tok, vocabulary,
         special_ids=tuple(sorted(tok.get_added_vocab().values())),
-        rows=trained.rows, dropped=dropped + trained.dropped,
-        eval_rows=examined.rows, eval_dropped=eval_dropped + examined.dropped,
+        rows=trained.rows, dropped=problems.dropped + trained.dropped,
+        eval_rows=examined.rows, eval_dropped=held.dropped + examined.dropped,
+        unread={"data.fields": problems.unread, "eval.fields": held.unread},
         **sides, teacher=teacher, selection=selection, guards=rules, replies=written,
         longest=longest, server=server,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def lines_of(card: str = "opsd", **settings) -> list[str]:
 def test_lines_about_data(rows):
     lines = lines_of(data__path=rows)
     (problems,) = [line for line in lines if line.startswith("  problems ")]
-    assert problems.endswith("answers that the grader cannot read: 1, such as that of row 'row4'")
+    assert problems.endswith("cannot read: 1, such as 'It is four. No, it is five.' of row 'row4'")
     assert "  a step takes 8 en problems, but the data have 5: some are repeated" in lines
     assert "  the evaluation uses bundled problems, because eval.path is the default" in lines
     (step,) = [line for line in lines if line.startswith("  a step  ")]
@@ -57,8 +57,8 @@ CHOICE = {"reward__kind": "choice", "prompt__answer": "choice"}
     [
         ("opsd", {}, "18", "dropped: none"),
         ("opsd", {}, "", "; rows without a gold answer, which are not graded: 8"),
-        ("sft", {}, "???", "grader cannot read: 8, such as that of row 'row1'"),
-        ("sft", CHOICE, "the second", "grader cannot read: 8, such as that of row 'row1'"),
+        ("sft", {}, "???", ", ".join(f"'???' of row 'row{k}'" for k in (1, 2, 3))),
+        ("sft", CHOICE, "the second", ", 'the second' of row 'row2', 'the second' of row 'row3'"),
     ],
 )
 def test_files_without_a_readable_gold_answer(tmp_path, card, settings, gold, said):
@@ -131,3 +131,21 @@ def test_evaluation_on_training_problems(rows, tmp_path):
     assert shared in lines_of(data__path=rows, eval__path=held, eval__limit=0)
     own = [line for line in lines_of() if "training problems" in line]
     assert not own
+
+
+def test_fields_that_nothing_reads(tmp_path, rows):
+    records = [json.loads(line) for line in rows.read_text().splitlines()]
+    named = [{f"u{k}": k for k in range(25)} | x for x in records]
+    mapped = [{"frage": x.pop("problem"), "problem_fr": "?", "hint": {"a": 1}} | x for x in records]
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(map(json.dumps, mapped)))
+    wide = tmp_path / "wide.jsonl"
+    wide.write_text("\n".join(map(json.dumps, named)))
+    lines = lines_of(data__path=own, data__fields="problem=frage", eval__path=wide)
+    said = [line.strip() for line in lines if "nothing reads" in line]
+    assert said == [
+        "fields of data.path that nothing reads: hint (data.fields can map them)",
+        f"fields of eval.path that nothing reads: {', '.join(f'u{k}' for k in range(20))}, … "
+        "(eval.fields can map them)",
+    ]
+    assert not [line for line in lines_of() if "nothing reads" in line]

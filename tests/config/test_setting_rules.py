@@ -138,6 +138,8 @@ DEAD = {
                     {"data__path": ROWS}),
     "eval.fields": ("problem=q", [{}, {"data__path": ROWS}, {"eval__path": ""}],
                     {"eval__path": ROWS}),
+    "data.answer": ("boxed", [{}, GRPO, SHOWN], {"data__path": ROWS}),
+    "eval.answer": ("boxed", [{}, {"data__path": ROWS}], {"eval__path": ROWS}),
     "teacher.weights": ("ema", [GRPO, SFT], {}),
     "teacher.thinking": ("off", [GRPO, SFT], {}),
     "teacher.max_tokens": (99, [GRPO, SFT], {}),

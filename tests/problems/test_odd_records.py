@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from copsd_jax.problems import record_files, sources
+from copsd_jax.problems import field_values, record_files, sources
 
 GSM8K = "He sells 48/2 = <<48/2=24>>24 clips.\nThat is 48+24 = <<48+24=72>>72 clips.\n#### 1,072"
 STEPS = "He sells 48/2 = 24 clips.\nThat is 48+24 = 72 clips."
@@ -120,7 +120,7 @@ REFUSED = {
     '{"problem": "p", "answer": ' + "[" * 100_000: "line 1: the JSON is nested too deeply",
     '{\n "data": [\n  {"problem": "1+1?"}\n ]\n}': "the file is one JSON object over several lines",
     '{"question": "1+1?", "answer": "2"}': (
-        "line 1: problem is missing .*the record has question, answer, and data.fields can map"
+        "the record has question, answer, and data.fields can map names: --config.data.fields=p"
     ),
     '{"a\\nb": "1+1?", "answer": "2"}': r"the record has 'a\\nb', answer,",
     '{"problem": "p", "answer": [1]}': r"line 1: answer is not text \(list\)",
@@ -277,12 +277,12 @@ def test_examples_of_tfds():
     record = record_files.read_example(3, example)
     assert record.where == "row 3"
     assert "solution" not in record.fields
-    assert sources.convert_problem_field("answer", record.fields["answer"]) == "0.5"
-    with pytest.raises(sources.UnusableValue, match="x is not text"):
-        sources.convert_problem_field("x", vector)
-    assert not sources.is_true(vector)
-    assert sources.is_true(np.int64(1))
-    assert sources.is_blank(np.float32("nan"))
+    assert field_values.convert_problem_field("answer", record.fields["answer"]) == "0.5"
+    with pytest.raises(field_values.UnusableValue, match="x is not text"):
+        field_values.convert_problem_field("x", vector)
+    assert not field_values.is_true(vector)
+    assert field_values.is_true(np.int64(1))
+    assert field_values.is_blank(np.float32("nan"))
 
 
 @pytest.fixture(scope="module")

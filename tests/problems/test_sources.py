@@ -162,7 +162,7 @@ def test_other_bad_paths(tmp_path):
     with pytest.raises(ValueError, match=r"bundled:exemplars"):
         sources.load_rows("bundled:trian", ("en",))
     with pytest.raises(ValueError, match="must end in"):
-        sources.load_rows("x.csv", ("en",))
+        sources.load_rows("x.xlsx", ("en",))
     (tmp_path / "l.jsonl").write_bytes(b'{"a": 1}\n{"problem": "\xff"}')
     with pytest.raises(ValueError, match=r"line 2: .*UTF-8"):
         sources.load_rows(str(tmp_path / "l.jsonl"), ("en",))
@@ -308,3 +308,31 @@ def test_parallel_languages_are_not_in_step():
     picked = runs.batch_at(rows, ("en", "sw"), (), 40, 0, 0)
     english, swahili = ([r.id.split("/")[0] for r in picked if r.lang == c] for c in ("en", "sw"))
     assert english != swahili
+
+
+@pytest.mark.parametrize(
+    "record, lang, fields, advice",
+    [
+        ({"question": "1+1?", "answer": "2"}, "en", "", "--config.data.fields=problem=question"),
+        ({"Query": "1+1?", "answer": "2"}, "en", "", "--config.data.fields=problem=Query"),
+        ({"probelm": "1+1?", "answer": "2"}, "en", "", "--config.data.fields=problem=probelm"),
+        ({"problem": "1+1?", "final": "2"}, "en", "", "--config.data.fields=answer=final"),
+        ({"question": "1+1?", "gold": "2"}, "en", "problem=question",
+         "--config.data.fields=problem=question,answer=gold"),
+        ({"problem": "1+1?", "question_sw": "1+1 ni?", "answer": "2"}, "sw", "",
+         "--config.data.fields=problem_sw=question_sw"),
+        ({"problem": "1+1?", "problem_fr": "1+1 ?", "answer": "2"}, "sw", "", "can map names)"),
+        ({"problem": "1+1?", "zzz": "2"}, "en", "", "can map names)"),
+    ],
+)  # fmt: skip
+def test_a_missing_field_is_looked_for_under_other_names(tmp_path, record, lang, fields, advice):
+    """The advice, once followed, loads the row; where no field fits, there is no advice."""
+    path = write(tmp_path / "d.jsonl", [record], "jsonl")
+    with pytest.raises(ValueError, match="is missing") as caught:
+        sources.load_rows(path, (lang,), fields=fields)
+    assert str(caught.value).rstrip(")").endswith(advice.rstrip(")"))
+    if "=" in advice:
+        followed = advice.removeprefix("--config.data.fields=")
+        (row,), _ = sources.load_rows(path, (lang,), fields=followed)
+        assert "1+1" in row.problem
+        assert row.answer == "2"
