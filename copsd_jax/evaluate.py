@@ -70,9 +70,6 @@ def _load_eval_config(args: argparse.Namespace) -> config_lib.Config:
             "because W/eval contains the run's own results"
         )
     config.eval.update(changes)
-    if config.eval.limit and args.limit is None:
-        count = config_lib.spell_count(config.eval.limit, "record")
-        print(f"only the first {count}: eval.limit of the run (--limit=0 for all)", flush=True)
     return config
 
 
@@ -125,6 +122,9 @@ def _plan_evaluation(args: argparse.Namespace) -> run_plan.Plan:
     plan = run_plan.make_plan(config, train=False)
     if not plan.eval_rows:
         raise ValueError("eval.path is '': set --path to a file of problems")
+    if config.eval.limit and args.limit is None:
+        count = config_lib.spell_count(config.eval.limit, "record")
+        print(f"only the first {count}: eval.limit of the run (--limit=0 for all)", flush=True)
     return plan
 
 
