@@ -94,8 +94,8 @@ SETTINGS: dict[str, Setting] = {
         entry_of("model/transformer.py SHAPES")),
     "model.tokenizer": declare("", "path of the tokenizer; '' for model.path"),
 
-    "data.path": declare("bundled:train", "JSONL, JSON list, parquet, TSV, tfds:NAME/SPLIT or "
-        "bundled:NAME"),
+    "data.path": declare("bundled:train", "JSONL, JSON list, parquet, CSV or TSV, a folder or "
+        "glob of these, hf:OWNER/NAME:SPLIT, tfds:NAME/SPLIT or bundled:NAME"),
     "data.lang": declare(("en",), "languages of the problems, as codes in languages.json"),
     "data.weights": declare((), "share of each language in a step; () for equal shares", None,
         _LANGUAGES),
