@@ -123,11 +123,14 @@ def _join_values(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _show_options(value: Any) -> Any:
     """Writes a list of options as lines "A) text"; returns any other value unchanged.
 
-    The options are a list of texts, or an object with the lists `text` and `label`.
+    The options are a list of texts, an object with the lists `text` and `label`, or an object that
+    maps letters to texts.
     """
     texts, labels = value, None
     if isinstance(value, dict):
         texts, labels = value.get("text"), value.get("label")
+        if all(isinstance(key, str) and len(key) == 1 for key in value):
+            texts, labels = list(value.values()), list(value)
     if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in texts):
         return value
     labels = labels or [chr(ord("A") + k) for k in range(len(texts))]

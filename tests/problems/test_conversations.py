@@ -66,6 +66,8 @@ def test_fields_inside_objects_and_joined_fields(tmp_path):
     record = {"a": {"b": {"c": "4"}}, "q": "Q", "o": ["x", "y"], "n": 7, "a+b": "plus"}
     (row,), _ = load(tmp_path, record, fields="problem=q+o+n,answer=a.b.c,solution=a+b")
     assert (row.problem, row.answer, row.solution) == ("Q\n\nA) x\nB) y\n\n7", "4", "plus")
+    letters = {"q": "Q", "o": {"A": "x", "B": "y"}, "answer": "B"}
+    assert load(tmp_path, letters, fields="problem=q+o")[0][0].problem == "Q\n\nA) x\nB) y"
     with pytest.raises(ValueError, match=r"has no 'a\.b\.d'; it has a, q, o, n, a\+b$"):
         load(tmp_path, record, fields="problem=q,answer=a.b.d")
     with pytest.raises(ValueError, match=r"has no 'oo'; .*; did you mean 'o'\?$"):

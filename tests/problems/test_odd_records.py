@@ -196,7 +196,7 @@ def test_a_home_that_does_not_exist_and_a_folder_are_no_files(tmp_path):
     refuse("~nobody-here/d.jsonl", "there is no such file", FileNotFoundError)
     for name in ("folder", "folder.jsonl"):
         (tmp_path / name).mkdir()
-        refuse(str(tmp_path / name), "it needs files that end in .jsonl, .json", FileNotFoundError)
+        refuse(str(tmp_path / name), "a folder must contain the files itself", OSError)
     refuse("/" + "a" * 300 + ".jsonl", "File name too long", OSError)
 
 
