@@ -98,7 +98,7 @@ def format_markdown_scores(results: Mapping[str, dict]) -> str:
         for mean, low, high in map(scoring.compute_score_interval, values):
             cells.append(f"{mean:.1%} [{low:.1%}, {high:.1%}]")
         if len(values) == 2:
-            paired = [100 * x for x in scoring.compare_paired_scores(*values)[:3]]
+            paired = [100 * x for x in scoring.compare_paired_scores(values[0], values[1])[:3]]
             cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired))
         rows.append(cells)
     headers += ["points [95 % interval]"] * (len(names) == 2)

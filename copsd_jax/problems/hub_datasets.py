@@ -4,6 +4,7 @@ The package `datasets` is optional. It runs no code of a data set: it refuses lo
 version 4.
 """
 
+import importlib
 import os
 import re
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ def read(path: str, setting: str) -> Iterable[dict[str, Any]]:
     name, colon, split = path.removeprefix("hf:").rpartition(":")
     folder = os.path.expanduser(name)
     local = name.startswith(("/", ".", "~"))
-    named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?", name)
+    named: Any = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?", name)
     if not colon or not split or not (local or named):
         raise ValueError(
             f"{setting} is {path!r}: write hf:OWNER/NAME:SPLIT, hf:OWNER/NAME/CONFIG:SPLIT or "
@@ -35,7 +36,8 @@ def read(path: str, setting: str) -> Iterable[dict[str, Any]]:
     if local and not os.path.isdir(folder):
         raise FileNotFoundError(f"{setting} is {path!r}: there is no folder {name!r}")
     try:
-        import datasets  # an optional package, imported lazily for its import time
+        # An optional package, imported lazily for its import time.
+        datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
         raise ValueError(
             f"{setting} is {path!r}: it needs the package datasets; install it with "

@@ -7,12 +7,13 @@ another CPU may use instructions that this CPU lacks. The cache never changes a 
 
 import collections
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
-import jaxlib
 
 LARGEST = 4 << 30  # bytes; JAX removes the programs that were not used for the longest time
 LEAST_SECONDS = 0.2  # programs that compile in less time are not kept
@@ -35,7 +36,7 @@ def open_compile_cache(folder: str) -> None:
     if not _counts:
         jax.monitoring.register_event_listener(lambda event, **_: _counts.update([event]))
         _counts["listening"] = 1
-    if not folder or jax.config.jax_compilation_cache_dir:
+    if not folder or _read_folder():
         return
     path = pathlib.Path(folder).expanduser() if folder != "auto" else _find_user_cache()
     path /= _name_machine()
@@ -54,10 +55,15 @@ def open_compile_cache(folder: str) -> None:
 
 def describe_compile_cache() -> str:
     """Returns a line that says how many programs were in the cache; "" if there is no cache."""
-    if not (folder := jax.config.jax_compilation_cache_dir):
+    if not (folder := _read_folder()):
         return ""
     found, added = (_counts[f"/jax/compilation_cache/cache_{name}"] for name in ("hits", "misses"))
     return f"compiled programs: {found} were in {folder}, {added} are new"
+
+
+def _read_folder() -> str | None:
+    options: Any = jax.config  # type checkers do not know JAX's options
+    return options.jax_compilation_cache_dir
 
 
 def _find_user_cache() -> pathlib.Path:
@@ -67,7 +73,7 @@ def _find_user_cache() -> pathlib.Path:
 
 def _name_machine() -> str:
     """Returns a name for this kind of CPU, these versions, and these compiler flags."""
-    features = [platform.machine(), jax.__version__, jaxlib.__version__]
+    features = [platform.machine(), jax.__version__, importlib.metadata.version("jaxlib")]
     features += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

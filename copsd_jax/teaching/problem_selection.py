@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from copsd_jax.config import settings as config_lib
 from copsd_jax.problems import languages, sources
@@ -99,7 +100,7 @@ def load_exemplars(config: config_lib.Config, registry: Registry) -> tuple[Row, 
     return tuple(rows[:count])
 
 
-def _select_field_settings(path: str, fields: str, answer: str) -> dict[str, str]:
+def _select_field_settings(path: str, fields: str, answer: str) -> dict[str, Any]:
     """Returns the settings that say how fields are read; bundled files need none."""
     own = not path.startswith("bundled:")
     return {"fields": fields, "answer": answer} if own else {}
