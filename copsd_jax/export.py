@@ -68,7 +68,7 @@ def parse_export_flags(argv: list[str]) -> argparse.Namespace:
         "--dtype", choices=tuple(DTYPES),
         help="dtype of the weights in the files; default: the run's dtype, and float32 for peft",
     )  # fmt: skip
-    add("--push", default="", help="owner/name: also upload the folder to the Hugging Face Hub")
+    add("--push", help="owner/name: also upload the folder to the Hugging Face Hub")
     add("--public", action="store_true", help="with --push: everybody may read the repository")
     return parser.parse_args(argv[1:])
 
@@ -221,7 +221,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     """Refuses flags that nothing would read."""
     if args.quantize and args.format != "gguf":
         raise ValueError(f"--quantize={args.quantize} needs --format=gguf, not {args.format}")
-    if args.public and not args.push:
+    if args.public and args.push is None:
         raise ValueError("--public: nothing reads it without --push=owner/name")
     if args.dtype and args.format == "gguf":
         raise ValueError(
@@ -232,7 +232,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _check_push(args: argparse.Namespace, plan: run_plan.Plan) -> None:
     """Refuses an upload that cannot work, or that nobody else could use."""
-    if not args.push:
+    if args.push is None:
         return
     base = _name_run_base(plan)
     if args.format == "peft" and not base.is_repository:

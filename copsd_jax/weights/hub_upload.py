@@ -29,10 +29,14 @@ def check_push(repository: str, public: bool) -> None:
     """
     try:
         huggingface_hub.utils.validate_repo_id(repository)
-    except huggingface_hub.errors.HFValidationError as error:
-        raise ValueError(f"--push={repository}: {' '.join(str(error).split())}") from error
-    if not hub.REPOSITORY_ID.fullmatch(repository):
-        raise ValueError(f"--push={repository}: write owner/name, the id of a repository")
+        valid = hub.REPOSITORY_ID.fullmatch(repository)
+    except huggingface_hub.errors.HFValidationError:
+        valid = None
+    if valid is None:
+        raise ValueError(
+            f"--push={repository}: write owner/name, the id of a repository, with letters, digits, "
+            "'-', '_' and '.'"
+        )
     if huggingface_hub.constants.is_offline_mode():
         raise ConnectionError(f"--push={repository}: the environment variable HF_HUB_OFFLINE is on")
     if not huggingface_hub.get_token():
