@@ -141,7 +141,10 @@ def test_fields_that_nothing_reads(tmp_path, rows):
     own.write_text("\n".join(map(json.dumps, mapped)))
     wide = tmp_path / "wide.jsonl"
     wide.write_text("\n".join(map(json.dumps, named)))
-    lines = lines_of(data__path=own, data__fields="problem=frage", eval__path=wide)
+    lines = lines_of(
+        data__path=own, data__fields="problem=frage", eval__path=wide,
+        eval__fields="problem=problem",
+    )  # fmt: skip
     said = [line.strip() for line in lines if "nothing reads" in line]
     assert said == [
         "fields of data.path that nothing reads: hint (data.fields can map them)",

@@ -112,7 +112,8 @@ def read_generation(path):
 
 
 def write_adapter(folder):
-    raw = peft._to_config_json(["q", "k"], 4, 8.0, "base") | {"target_modules": "all-linear"}
+    about = {"base_model_name_or_path": "base", "target_modules": "all-linear"}
+    raw = peft._to_config_json(["q", "k"], 4, 8.0) | about
     tensor_files.write_json(folder / peft.CONFIG, raw)
     return folder / peft.CONFIG
 
